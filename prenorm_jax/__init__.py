@@ -1,0 +1,49 @@
+"""Pre-RMSNorm and Pre-CRMSNorm Transformers in JAX: LayerNorm's redundant mean, removed exactly."""
+
+from prenorm_jax import layouts
+from prenorm_jax.main_branch import LayoutError, MainBranch, Norm, Reader, Writer
+from prenorm_jax.norms import crms_norm, crms_norm_packed, layer_norm, rms_norm
+from prenorm_jax.transforms import (
+    compress,
+    decompress,
+    fold_affine,
+    pack,
+    plain_eps,
+    recenter,
+    strip_affine,
+    to_plain_rmsnorm,
+    to_pre_crmsnorm,
+    to_pre_ln,
+    to_pre_rmsnorm,
+    unpack,
+    zero_mean_gauge,
+)
+from prenorm_jax.version import VERSION
+
+__version__ = VERSION
+
+__all__ = [
+    "LayoutError",
+    "MainBranch",
+    "Norm",
+    "Reader",
+    "Writer",
+    "compress",
+    "crms_norm",
+    "crms_norm_packed",
+    "decompress",
+    "fold_affine",
+    "layer_norm",
+    "layouts",
+    "pack",
+    "plain_eps",
+    "recenter",
+    "rms_norm",
+    "strip_affine",
+    "to_plain_rmsnorm",
+    "to_pre_crmsnorm",
+    "to_pre_ln",
+    "to_pre_rmsnorm",
+    "unpack",
+    "zero_mean_gauge",
+]

@@ -1,0 +1,94 @@
+"""Coordinates of the main branch along one axis: recentering, and the two bases of the compression to d - 1.
+
+They serve weights and activations, host arrays (numpy, in whatever precision they come) and traced ones alike; an axis is negative.
+Source: arXiv 2305.14858, section 3 ("drop"); the Householder basis "reflect" is this project's. With u = 1/sqrt(d) and v = u (1, ..., 1)
+- e_d, H = I - v v^T / (1 - u) maps u (1, ..., 1) to e_d and is its own inverse, so the last coordinate of H x is sqrt(d) mean(x).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+Array = Any  # a jax or a numpy array
+Map = Callable[[Array, int], Array]
+
+
+def recenter_axis(w: Array, axis: int) -> Array:
+    """w - mean(w) along an axis."""
+    return w - w.mean(axis=axis, keepdims=True)
+
+
+def drop_writer(w: Array, axis: int) -> Array:
+    """Coordinates 1..d-1 of the recentered w: (..., d, ...) -> (..., d-1, ...)."""
+    return drop_last(recenter_axis(w, axis), axis)
+
+
+def drop_reader(w: Array, axis: int) -> Array:
+    """w_j - w_d for j < d: (..., d, ...) -> (..., d-1, ...)."""
+    return drop_last(w, axis) - last(w, axis)
+
+
+def undrop_writer(w: Array, axis: int) -> Array:
+    """Appends -sum(w): (..., d-1, ...) -> (..., d, ...), zero-mean."""
+    return xp(w).concatenate([w, -w.sum(axis=axis, keepdims=True)], axis=axis)
+
+
+def reflect(w: Array, axis: int) -> Array:
+    """H w along an axis, without its last coordinate, the mean: (..., d, ...) -> (..., d-1, ...)."""
+    u = 1 / math.sqrt(w.shape[axis])
+    along_v = u * w.sum(axis=axis, keepdims=True) - last(w, axis)
+    return drop_last(w, axis) - (u / (1 - u)) * along_v
+
+
+def unreflect(w: Array, axis: int) -> Array:
+    """H (w, 0) along an axis, zero-mean, the inverse of `reflect` there: (..., d-1, ...) -> (..., d, ...)."""
+    u = 1 / math.sqrt(w.shape[axis] + 1)
+    total = w.sum(axis=axis, keepdims=True)
+    return xp(w).concatenate([w - (u * u / (1 - u)) * total, u * total], axis=axis)
+
+
+def append_zero(w: Array, axis: int) -> Array:
+    """Appends a zero slice: (..., d-1, ...) -> (..., d, ...)."""
+    return xp(w).concatenate([w, xp(w).zeros_like(last(w, axis))], axis=axis)
+
+
+def repeat_last(w: Array, axis: int) -> Array:
+    """Appends the last slice once more."""
+    return xp(w).concatenate([w, last(w, axis)], axis=axis)
+
+
+def drop_last(w: Array, axis: int) -> Array:
+    """All but the last slice."""
+    return w[at(slice(None), slice(None, -1), axis=axis, rank=w.ndim)]
+
+
+def last(w: Array, axis: int) -> Array:
+    """The last slice, its axis kept."""
+    return w[at(slice(None), slice(-1, None), axis=axis, rank=w.ndim)]
+
+
+def at(others: Any, index: Any, *, axis: int, rank: int) -> tuple[Any, ...]:
+    """An index: `index` on the axis, `others` on all others."""
+    return tuple(index if position == rank + axis else others for position in range(rank))
+
+
+BASES: dict[str, dict[str, Map]] = {
+    "reflect": {"writer": reflect, "reader": reflect, "back_writer": unreflect, "back_reader": unreflect},
+    "drop": {"writer": drop_writer, "reader": drop_reader, "back_writer": undrop_writer, "back_reader": append_zero},
+}
+"""Basis -> the maps of a writer's and a reader's axis from d to d - 1, and back."""
+
+
+def basis_maps(basis: str) -> dict[str, Map]:
+    """The maps of a basis. Raises: ValueError for an unknown one."""
+    if basis not in BASES:
+        raise ValueError(f"basis: got {basis!r}; allowed: {', '.join(BASES)}")
+    return BASES[basis]
+
+
+def xp(w: Array) -> Any:
+    """The array module of w."""
+    return np if isinstance(w, np.ndarray) else jnp

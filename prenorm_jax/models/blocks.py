@@ -1,0 +1,206 @@
+"""Attention, MLP and the residual blocks, for every variant.
+
+Shapes: B batch, L tokens, N = B L, D nominal width, R lanes of the main branch, H heads, K head width, F mlp width, T cached tokens.
+Tokens are flat, (N, R), outside attention: with a batch axis XLA may put it innermost and transpose around each norm.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prenorm_jax.models.config import Transformer
+from prenorm_jax.models.variants import Variant
+
+Array = jax.Array
+Init = Callable[[Array, tuple[int, ...], Any], Array]
+
+
+def normal(stddev: float) -> Init:
+    """Truncated normal initialisation with a standard deviation of `stddev`."""
+    return jax.nn.initializers.truncated_normal(stddev)
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias in the dtype of x; kernel (layers..., inputs, outputs)."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool = True,
+        layers: tuple[int, ...] = (),
+        init: Init | None = None,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        init = init or normal(1 / math.sqrt(inputs))
+        self.kernel = nnx.Param(init(rngs.params(), (*layers, inputs, outputs), jnp.dtype(dtype)))
+        self.bias = nnx.Param(jnp.zeros((*layers, outputs), jnp.dtype(dtype))) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None]
+
+
+class Table(nnx.Module):
+    """Learned rows (rows, R): positions, or a vocabulary."""
+
+    def __init__(self, rows: int, lanes: int, dtype: str, *, rngs: nnx.Rngs):
+        self.table = nnx.Param(normal(0.02)(rngs.params(), (rows, lanes), jnp.dtype(dtype)))
+
+
+class Norm(nnx.Module):
+    """The variant's norm of the main branch, with a scale and a bias where the variant's norms have them."""
+
+    def __init__(self, config: Transformer, variant: Variant, layers: tuple[int, ...] = ()):
+        shape, dtype = (*layers, config.width), jnp.dtype(config.param_dtype)
+        self.scale = nnx.Param(jnp.ones(shape, dtype)) if variant.affine else None
+        self.bias = nnx.Param(jnp.zeros(shape, dtype)) if variant.affine else None
+        self.norm = functools.partial(variant.norm, eps=config.eps)
+
+    def __call__(self, x: Array) -> Array:
+        return self.norm(x, *self.leaves())
+
+    def leaves(self) -> tuple[Array | None, Array | None]:
+        """Scale and bias."""
+        return tuple(leaf if leaf is None else leaf[...] for leaf in (self.scale, self.bias))  # type: ignore[return-value]
+
+
+class Affine(nnx.Module):
+    """A scale and a bias (D,) of a norm that is applied elsewhere."""
+
+    def __init__(self, width: int, dtype: str):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.dtype(dtype)))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.dtype(dtype)))
+
+    def leaves(self) -> tuple[Array, Array]:
+        """Scale and bias."""
+        return self.scale[...], self.bias[...]
+
+
+class Attention(nnx.Module):
+    """Multi-head attention from a normalised main branch to what it writes: (N, R) -> (N, R)."""
+
+    def __init__(self, config: Transformer, variant: Variant, *, causal: bool, layers: tuple[int, ...], rngs: nnx.Rngs):
+        linear = functools.partial(Linear, layers=layers, dtype=config.param_dtype, rngs=rngs)
+        lanes = variant.lanes(config.width)
+        self.query = linear(lanes, config.width, bias=variant.reader_bias)
+        self.key = linear(lanes, config.width, bias=variant.reader_bias)
+        self.value = linear(lanes, config.width, bias=variant.reader_bias)
+        self.out = linear(config.width, lanes, init=normal(1 / math.sqrt(2 * config.depth * config.width)))
+        self.heads, self.causal, self.implementation = config.heads, causal, config.attention
+
+    def __call__(self, n: Array, batch: int, cache: Any = None, position: Array | int = 0) -> tuple[Array, Any]:
+        """Returns the written (N, R) and, where a cache {"key", "value"} of (B, T, H, K) is given, that cache with these tokens in it."""
+        q, k, v = (
+            f(n).reshape(batch, -1, self.heads, f.kernel.shape[-1] // self.heads)
+            for f in (self.query, self.key, self.value)
+        )
+        if cache is None:
+            y = attend(q, k, v, causal=self.causal, implementation=self.implementation)
+        else:
+            cache = {
+                name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), position, axis=1)
+                for name, new in (("key", k), ("value", v))
+            }
+            seen = jnp.arange(cache["key"].shape[1])[None, :] <= position + jnp.arange(q.shape[1])[:, None]
+            y = attend(q, cache["key"], cache["value"], mask=seen[None, None], implementation="xla")
+        return self.out(y.reshape(n.shape[0], -1)), cache
+
+
+def attend(
+    q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array | None = None, implementation: str = "auto"
+) -> Array:
+    """softmax(q k^T / sqrt(K)) v for q (B, L, H, K) and k, v (B, T, H, K), the softmax in float32 or wider.
+
+    Args:
+      mask: (1 or B, 1 or H, L, T) bool, True where a key may be seen; "xla" alone takes one.
+      implementation: "xla", "cudnn" (a GPU, bfloat16 or float16, K a multiple of 8) or "auto": cudnn where it serves, else xla.
+    """
+    if implementation == "auto":
+        half = q.dtype in (jnp.bfloat16, jnp.float16)
+        served = half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and jax.default_backend() == "gpu"
+        implementation = "cudnn" if served else "xla"
+    attention: Any = jax.nn.dot_product_attention  # its overloads know literals only
+    return attention(q, k, v, mask=mask, is_causal=causal, implementation=implementation)
+
+
+class Mlp(nnx.Module):
+    """Two linear maps with a GELU between them: (N, R) -> (N, R)."""
+
+    def __init__(self, config: Transformer, variant: Variant, *, layers: tuple[int, ...], rngs: nnx.Rngs):
+        linear = functools.partial(Linear, layers=layers, dtype=config.param_dtype, rngs=rngs)
+        lanes = variant.lanes(config.width)
+        self.up = linear(lanes, config.mlp_width, bias=variant.reader_bias)
+        self.down = linear(config.mlp_width, lanes, init=normal(1 / math.sqrt(2 * config.depth * config.mlp_width)))
+        self.gelu = functools.partial(jax.nn.gelu, approximate=config.gelu == "tanh")
+
+    def __call__(self, n: Array) -> Array:
+        return self.down(self.gelu(self.up(n)))
+
+
+class Block(nnx.Module):
+    """x <- x + attention(norm(x)); x <- x + mlp(norm(x)). With `layers=(depth,)` its leaves hold a stack of blocks, for `lax.scan`."""
+
+    def __init__(
+        self, config: Transformer, variant: Variant, *, causal: bool, layers: tuple[int, ...] = (), rngs: nnx.Rngs
+    ):
+        self.norm1 = Norm(config, variant, layers)
+        self.attn = Attention(config, variant, causal=causal, layers=layers, rngs=rngs)
+        self.norm2 = Norm(config, variant, layers)
+        self.mlp = Mlp(config, variant, layers=layers, rngs=rngs)
+
+    def __call__(self, x: Array, batch: int, cache: Any = None, position: Array | int = 0) -> tuple[Array, Any]:
+        y, cache = self.attn(self.norm1(x), batch, cache, position)
+        x = x + y
+        return x + self.mlp(self.norm2(x)), cache
+
+
+Blocks = Block | nnx.List
+
+
+def blocks(config: Transformer, variant: Variant, *, causal: bool, rngs: nnx.Rngs) -> Blocks:
+    """`config.depth` blocks: a list of them, or one whose leaves are stacked (`config.scan_layers`)."""
+    block = functools.partial(Block, config, variant, causal=causal, rngs=rngs)
+    if config.scan_layers:
+        return block(layers=(config.depth,))
+    return nnx.List([block() for _ in range(config.depth)])
+
+
+def run(
+    blocks: Blocks, x: Array, batch: int, cache: Any = None, position: Array | int = 0, *, remat: bool = False
+) -> tuple[Array, Array, Any]:
+    """Runs all blocks on the main branch x (N, R).
+
+    Args:
+      cache: {"key", "value"} of (depth, B, T, H, K), or None; `position` is where in T these tokens begin.
+      remat: whether the backward pass recomputes each block.
+
+    Returns: the main branch after the last block (N, R), before and after every block (depth + 1, N, R), and the new cache.
+    """
+    graph: Any
+
+    def step(x: Array, layer: tuple[Any, Any]) -> tuple[Array, tuple[Array, Any]]:
+        state, cache = layer
+        y, cache = nnx.merge(graph, state)(x, batch, cache, position)
+        return y, (y, cache)
+
+    step = jax.checkpoint(step) if remat else step
+    if isinstance(blocks, Block):
+        graph, state = nnx.split(blocks)
+        last, (states, cache) = jax.lax.scan(step, x, (state, cache))
+        return last, jnp.concatenate([x[None], states]), cache
+
+    states, caches = [x], []
+    for index, block in enumerate(blocks):
+        graph, state = nnx.split(block)
+        x, (_, layer_cache) = step(x, (state, jax.tree.map(lambda leaf, i=index: leaf[i], cache)))
+        states.append(x)
+        caches.append(layer_cache)
+    return x, jnp.stack(states), jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)

@@ -1,0 +1,75 @@
+"""Text from a GPT, one token at a time, with a cache of the keys and values: the same in every variant."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from prenorm_jax.models import apply, empty_cache
+from prenorm_jax.models.config import GPTConfig, require
+from prenorm_jax.paths import Tree
+
+Array = jax.Array
+
+
+def generate(
+    config: GPTConfig,
+    params: Tree,
+    prompt: Array,
+    new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    key: Array | None = None,
+) -> Array:
+    """Continues each prompt by `new_tokens` tokens.
+
+    Args:
+      params: running parameters (`models.running`).
+      prompt: (B, L) int token ids, L >= 1, all of one length.
+      temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
+      top_k: draws among the k likeliest tokens only.
+      key: a jax.random key; needed where temperature > 0.
+
+    Returns: (B, L + new_tokens) token ids; ids of the padded vocabulary never occur.
+    Raises: ConfigError for a prompt and continuation longer than the context, a negative temperature, a missing key, top_k < 1.
+    """
+    length = prompt.shape[1]
+    require(length >= 1 and new_tokens >= 1, "prompt and new_tokens", (length, new_tokens), "at least one token each")
+    limit = f"at most the context, {config.context}, prompt included"
+    require(length + new_tokens <= config.context, "new_tokens", new_tokens, limit)
+    require(temperature >= 0, "temperature", temperature, "0 (greedy) or more")
+    require(top_k is None or 1 <= top_k <= config.vocab_size, "top_k", top_k, f"None or 1 to {config.vocab_size}")
+    require(temperature == 0 or key is not None, "key", key, "a jax.random key where temperature > 0")
+    keys = jax.random.split(jax.random.key(0) if key is None else key, new_tokens)
+    return _generate(config, params, prompt, keys, temperature, top_k)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _generate(
+    config: GPTConfig, params: Tree, prompt: Array, keys: Array, temperature: float, top_k: int | None
+) -> Array:
+    batch, length = prompt.shape
+    choose = functools.partial(_choose, config=config, temperature=temperature, top_k=top_k)
+    logits, intermediates = apply(config, params, prompt, cache=empty_cache(config, batch))
+    first = choose(logits[:, -1], keys[0]).astype(prompt.dtype)
+
+    def step(carry: tuple[Array, Array, Tree], key: Array) -> tuple[tuple[Array, Array, Tree], Array]:
+        token, position, cache = carry
+        logits, intermediates = apply(config, params, token[:, None], cache=cache, position=position)
+        token = choose(logits[:, -1], key).astype(token.dtype)
+        return (token, position + 1, intermediates["cache"]), token
+
+    _, rest = jax.lax.scan(step, (first, jnp.int32(length), intermediates["cache"]), keys[1:])
+    return jnp.concatenate([prompt, first[:, None], rest.T], axis=1)
+
+
+def _choose(logits: Array, key: Array, *, config: GPTConfig, temperature: float, top_k: int | None) -> Array:
+    """The next token (B,) of logits (B, V)."""
+    logits = logits[:, : config.vocab_size]
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1)
+    if top_k is not None:
+        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits / temperature)

@@ -1,0 +1,79 @@
+"""The GPT (Radford et al., 2019; sizes of Brown et al., 2020), in every variant."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prenorm_jax.models import blocks
+from prenorm_jax.models.config import GPTConfig
+from prenorm_jax.models.variants import variant
+
+Array = jax.Array
+
+
+class GPT(nnx.Module):
+    """(B, L) token ids to (B, L, V) logits and the main branch after the embedding and after every block.
+
+    A tied table stays in the Pre-LN coordinates in every variant: what is looked up there is mapped into the main branch's, and the
+    final norm's value is mapped back before its scale and bias.
+
+    >>> config = GPTConfig(width=8, depth=1, heads=2, mlp_width=16, context=4, vocab_size=11, vocab_multiple=4)
+    >>> logits, intermediates = GPT(config, rngs=nnx.Rngs(0))(jnp.zeros((5, 3), jnp.int32))
+    >>> logits.shape, intermediates["main_branch"].shape
+    ((5, 3, 12), (2, 5, 3, 8))
+    """
+
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+        this = variant(config)
+        lanes, dtype = this.lanes(config.width), config.param_dtype
+        self.embed = blocks.Table(config.padded_vocab, config.width if config.tied else lanes, dtype, rngs=rngs)
+        self.position = blocks.Table(config.context, lanes, dtype, rngs=rngs)
+        self.blocks = blocks.blocks(config, this, causal=True, rngs=rngs)
+        if config.tied:
+            self.norm: Any = blocks.Affine(config.width, dtype)
+        else:
+            self.norm = blocks.Norm(config, this)
+            self.head = blocks.Linear(
+                lanes, config.padded_vocab, bias=this.reader_bias, init=blocks.normal(0.02), dtype=dtype, rngs=rngs
+            )
+        self.config = config
+
+    def __call__(self, tokens: Array, cache: Any = None, position: Array | int = 0) -> tuple[Array, dict[str, Any]]:
+        """The logits of the next token at every position.
+
+        Args:
+          tokens: (B, L) int ids in [0, vocab_size).
+          cache: the keys and values of earlier tokens, from `empty_cache` or an earlier call, or None to attend within `tokens`.
+          position: how many tokens the cache holds already.
+
+        Returns: logits (B, L, padded_vocab), float32 or wider, of which the first vocab_size columns mean something; and
+          {"main_branch": (depth + 1, B, L, R), "cache": the cache with these tokens, or None}.
+        Raises: ValueError for more tokens than the context.
+        """
+        config, this = self.config, variant(self.config)
+        batch, length = tokens.shape
+        if length > config.context:
+            raise ValueError(f"tokens: got {length} of them; expected at most the context, {config.context}")
+        x = self.embed.table[...][tokens]
+        x = this.write(x) if config.tied else x
+        x = x + jax.lax.dynamic_slice_in_dim(self.position.table[...], position, length)[None]
+        x = x.astype(config.dtype)
+
+        x, states, cache = blocks.run(
+            self.blocks, x.reshape(batch * length, -1), batch, cache, position, remat=config.remat
+        )
+        logits = self._tied_logits(x) if config.tied else self.head(self.norm(x))
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)).reshape(batch, length, -1)
+        return logits, {"main_branch": states.reshape(len(states), batch, length, -1), "cache": cache}
+
+    def _tied_logits(self, x: Array) -> Array:
+        n = variant(self.config).norm_in_pre_ln(x, *self.norm.leaves(), eps=self.config.eps)
+        return n @ self.embed.table[...].astype(n.dtype).T
+
+
+def empty_cache(config: GPTConfig, batch: int) -> dict[str, Array]:
+    """Keys and values of no tokens yet: {"key", "value"} of (depth, batch, context, heads, head width), in the compute dtype."""
+    shape = (config.depth, batch, config.context, config.heads, config.head_width)
+    return {"key": jnp.zeros(shape, config.dtype), "value": jnp.zeros(shape, config.dtype)}

@@ -1,0 +1,130 @@
+"""The variants as data: what a model asks of Pre-LN, Pre-RMSNorm, Pre-CRMSNorm (two bases, two layouts) and the no-norm control.
+
+A model built from a `Variant` never asks which one it is. `R = lanes(D)` is the width of its main branch.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from prenorm_jax import bases, transforms
+from prenorm_jax.main_branch import MainBranch
+from prenorm_jax.models.config import Transformer
+from prenorm_jax.norms import crms_norm, crms_norm_packed, layer_norm, rms_norm
+from prenorm_jax.paths import Tree
+
+Array = jax.Array
+Chart = Callable[[Tree, MainBranch], Tree]
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
+def _same_tree(params: Tree, spec: MainBranch) -> Tree:
+    return params
+
+
+def _no_norm(x: Array, scale: Array | None = None, bias: Array | None = None, *, eps: float) -> Array:
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One of the equivalent Transformers.
+
+    Attributes:
+      norm: norm(x_R, scale, bias, eps=eps), in the main branch's coordinates.
+      affine: whether its norms have a scale and a bias of their own (only the Pre-LN model's).
+      reader_bias: whether a reader's bias is a leaf (not where it is its kernel's spare row).
+      lanes: D -> R.
+      write: an activation (..., D) -> (..., R), for what reaches the main branch otherwise than through a mapped weight;
+        float32 or wider.
+      read: a normalised main branch (..., R) -> (..., D), for what reads it in the Pre-LN coordinates.
+      from_pre_ln: Pre-LN parameters -> what this variant computes with.
+      from_native: the variant's own parameters, as trained and stored -> what it computes with.
+      to_native: Pre-LN parameters -> the variant's own.
+      to_pre_ln: the variant's own parameters -> Pre-LN ones (less the norms' affine, which is 1 and 0).
+    """
+
+    norm: Callable[..., Array]
+    affine: bool = False
+    reader_bias: bool = True
+    lanes: Callable[[int], int] = lambda width: width
+    write: Callable[[Any], Array] = _same
+    read: Callable[[Array], Array] = _same
+    from_pre_ln: Chart = _same_tree
+    from_native: Chart = _same_tree
+    to_native: Chart = _same_tree
+    to_pre_ln: Chart = _same_tree
+
+    def norm_in_pre_ln(self, x: Array, scale: Array, bias: Array, *, eps: float) -> Array:
+        """LayerNorm's value in its own coordinates, (..., R) -> (..., D), whatever the coordinates of x."""
+        if self.read is _same:
+            return self.norm(x, scale, bias, eps=eps)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        n = self.read(self.norm(wide, eps=eps))
+        return (n * scale.astype(n.dtype) + bias.astype(n.dtype)).astype(x.dtype)
+
+
+def variant(config: Transformer) -> Variant:
+    """The variant that a model's config names."""
+    return _variant(config.norm, config.basis, config.layout)
+
+
+@functools.cache
+def _variant(norm: str, basis: str, layout: str) -> Variant:
+    if norm == "pre_crmsnorm":
+        return _pre_crmsnorm(basis, packed=layout == "packed")
+    return _FULL_WIDTH[norm]
+
+
+def _to_pre_rmsnorm(params: Tree, spec: MainBranch) -> Tree:
+    return transforms.strip_affine(transforms.to_pre_rmsnorm(params, spec), spec)
+
+
+_FULL_WIDTH = {
+    "pre_ln": Variant(layer_norm, affine=True),
+    "pre_rmsnorm": Variant(
+        rms_norm,
+        write=lambda x: bases.recenter_axis(x, -1),
+        from_pre_ln=_to_pre_rmsnorm,
+        to_native=_to_pre_rmsnorm,
+    ),
+    "no_norm": Variant(_no_norm, from_pre_ln=_to_pre_rmsnorm, to_native=_to_pre_rmsnorm),
+}
+
+
+def _pre_crmsnorm(basis: str, packed: bool) -> Variant:
+    compress, expand = bases.BASES[basis]["writer"], bases.BASES[basis]["back_writer"]
+
+    def to_compact(params: Tree, spec: MainBranch) -> Tree:
+        return transforms.strip_affine(transforms.compress(params, spec, basis), spec)
+
+    def to_pre_ln(params: Tree, spec: MainBranch) -> Tree:
+        return transforms.decompress(params, spec, basis)
+
+    if not packed:
+        return Variant(
+            functools.partial(crms_norm, basis=basis),
+            lanes=lambda width: width - 1,
+            write=lambda x: compress(x, -1),
+            read=lambda n: expand(n, -1),
+            from_pre_ln=to_compact,
+            to_native=to_compact,
+            to_pre_ln=to_pre_ln,
+        )
+    return Variant(
+        functools.partial(crms_norm_packed, basis=basis),
+        reader_bias=False,
+        write=lambda x: jnp.pad(compress(x, -1), [(0, 0)] * (x.ndim - 1) + [(0, 1)]),
+        read=lambda n: expand(n[..., :-1], -1),
+        from_pre_ln=lambda params, spec: transforms.pack(to_compact(params, spec), spec),
+        from_native=transforms.pack,
+        to_native=to_compact,
+        to_pre_ln=to_pre_ln,
+    )

@@ -1,0 +1,70 @@
+"""Parameter trees as paths: "blocks/0/attn/query/kernel" to an array, whatever the containers are."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+Tree = Any
+
+
+class TreeError(ValueError):
+    """A leaf that can't be added to, or removed from, its container."""
+
+
+def leaves(tree: Tree) -> dict[str, Any]:
+    """Path -> leaf of any pytree of arrays: nested dicts, Flax states, dataclasses, lists.
+
+    >>> list(leaves({"a": {"kernel": jax.numpy.ones(2)}, "b": [jax.numpy.ones(1)]}))
+    ['a/kernel', 'b/0']
+    """
+    return {_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def with_leaves(tree: Tree, flat: Mapping[str, Any]) -> Tree:
+    """`tree` with the leaves of `flat`: replaced, added beside others or removed; `tree` itself is left as it is.
+
+    Containers keep their type. Leaves can be added to and removed from mappings only.
+    Raises: TreeError where a leaf would have to be added to or removed from something else.
+    """
+    if list(leaves(tree)) == list(flat):
+        return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(tree), list(flat.values()))
+    unused = dict(flat)
+    parents = {path[: end.start()] for path in flat for end in re.finditer("/", path)} | set(flat)
+    result = _rebuilt(tree, "", unused, parents)
+    if unused:
+        raise TreeError(f"{next(iter(unused))}: can't be added to this container; pass the parameters as nested dicts")
+    return result
+
+
+def _rebuilt(node: Tree, prefix: str, unused: dict[str, Any], parents: set[str]) -> Tree:
+    if isinstance(node, Mapping):
+        kept = {key: child for key, child in node.items() if f"{prefix}{key}" in parents}
+        children = {key: _rebuilt(child, f"{prefix}{key}/", unused, parents) for key, child in kept.items()}
+        for path in [p for p in unused if p.startswith(prefix) and "/" not in p[len(prefix) :]]:
+            children[path[len(prefix) :]] = _boxed_like(node, unused.pop(path))
+        return type(node)(children)  # type: ignore[call-arg]
+    paths = [f"{prefix}{path}".rstrip("/") for path in leaves(node)]
+    missing = [path for path in paths if path not in unused]
+    if missing:
+        raise TreeError(
+            f"{missing[0]}: can't be removed from a {type(node).__name__}; pass the parameters as nested dicts"
+        )
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(node), [unused.pop(path) for path in paths])
+
+
+def _boxed_like(siblings: Mapping[Any, Any], value: Any) -> Any:
+    """`value`, in the box that the leaves beside it are in (a Flax Variable, for example)."""
+    for sibling in siblings.values():
+        if not isinstance(sibling, Mapping) and len(jax.tree_util.tree_leaves(sibling)) == 1:
+            return jax.tree_util.tree_map(lambda _: value, sibling)
+    return value
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    """The path as text; the field in which a box (a Flax Variable, a partitioned parameter) keeps its array is not part of it."""
+    names = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys]
+    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and names[-1] == "value":
+        names = names[:-1]
+    return "/".join(names)

@@ -1,0 +1,304 @@
+"""Moves parameters between the charts of one function: Pre-LN, Pre-RMSNorm, Pre-CRMSNorm.
+
+Every transform is a pure function params -> params: jittable, differentiable, the input left unchanged, the containers and
+storage dtypes kept. Arithmetic is float64 on the host for concrete arrays, and at least float32 for traced ones, with one rounding at
+the end. Identities (source: arXiv 2305.14858; the basis "reflect" is this project's), for a writer W with output axis o, a reader
+R with input axis i and d the width:
+
+    fold_affine        R <- diag(gamma) R, b <- b + beta^T R with R as it was; gamma <- 1, beta <- 0. Never divides by gamma.
+    recenter           W <- W - mean_o(W): what W writes has zero mean, and LayerNorm ignores the mean.
+    compress, "drop"   W <- (W - mean_o(W)) without its last slice; R <- R_j - R_d for j < d: x_d = -sum of the others.
+    compress, "reflect"  W <- (H W) without its last slice, R <- (H R) without its last row, where H is the Householder reflection
+                       that maps 1/sqrt(d) (1, ..., 1) to the last unit vector: there the mean is the last coordinate.
+    pack               one spare lane: W gets a slice of zeros, R gets its bias as that lane's row.
+
+A norm with a reader that can take no bias, or with `keep`, keeps its affine: nothing is folded into its readers.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prenorm_jax.bases import Array, Map, append_zero, at, basis_maps, drop_last, last, recenter_axis, repeat_last, xp
+from prenorm_jax.main_branch import LayoutError, MainBranch, NormLeaves, ReaderLeaf, Resolved
+from prenorm_jax.paths import Tree, leaves, with_leaves
+
+
+def fold_affine(params: Tree, spec: MainBranch) -> Tree:
+    """Moves each norm's scale and bias into its readers (identity 4); the norm's leaves become ones and zeros. Idempotent.
+
+    A reader without a bias gains one where its description says so (`Reader.bias`).
+
+    >>> params = {"norm": {"scale": jnp.array([2.0, 0.0])}, "up": {"kernel": jnp.ones((2, 1))}, "down": {"kernel": jnp.eye(2)}}
+    >>> from prenorm_jax.main_branch import Norm, Reader, Writer
+    >>> spec = MainBranch([Writer("down/kernel")], [Norm([Reader("up/kernel")], scale="norm/scale")])
+    >>> fold_affine(params, spec)["up"]["kernel"].tolist()
+    [[2.0], [0.0]]
+    """
+    return _transform(params, spec, fold=True)
+
+
+def recenter(params: Tree, spec: MainBranch) -> Tree:
+    """Makes every writer zero-mean along its output axis (identity 2): the main branch has zero mean, LayerNorm is RMSNorm. Idempotent."""
+    return _transform(params, spec, writer=[recenter_axis])
+
+
+def zero_mean_gauge(params: Tree, spec: MainBranch) -> Tree:
+    """Makes every folded reader zero-mean along its input axis (identity 5): blind to rounding drift of the mean. Idempotent.
+
+    Exact on a zero-mean main branch, so after `fold_affine` and `recenter`.
+    """
+    return _transform(params, spec, fold=True, reader=[recenter_axis])
+
+
+def compress(params: Tree, spec: MainBranch, basis: str = "reflect") -> Tree:
+    """Width d -> d - 1 (identity 3 and its reflection): parameters for CRMSNorm. Folds and recenters what is not yet so.
+
+    Raises: LayoutError for a tree that is compressed already (where the description knows the width), or whose main branch is
+      narrower than 2; ValueError for an unknown basis.
+    """
+    maps = basis_maps(basis)
+    found = spec.resolve(params)
+    if found.lanes < 2 or (found.width is not None and found.lanes != found.width):
+        raise LayoutError(
+            f"compress: the main branch has {found.lanes} lanes; expected the nominal width {found.width or '>= 2'}"
+        )
+    return _transform(params, spec, fold=True, writer=[maps["writer"]], reader=[maps["reader"]], affine=[drop_last])
+
+
+def decompress(params: Tree, spec: MainBranch, basis: str = "reflect") -> Tree:
+    """Width d - 1 -> d (identity 5), the inverse of `compress`: parameters of a zero-mean Pre-RMSNorm.
+
+    Raises: LayoutError for a tree that is not compressed (where the description knows the width); ValueError for an unknown basis.
+    """
+    maps = basis_maps(basis)
+    found = spec.resolve(params)
+    if found.width is not None and found.lanes != found.width - 1:
+        raise LayoutError(
+            f"decompress: the main branch has {found.lanes} lanes; expected {found.width - 1}, the nominal width less 1"
+        )
+    return _transform(params, spec, writer=[maps["back_writer"]], reader=[maps["back_reader"]], affine=[repeat_last])
+
+
+def pack(params: Tree, spec: MainBranch) -> Tree:
+    """Compact -> packed: d lanes of which d - 1 live; the reader's bias becomes the spare lane's row of its kernel.
+
+    For `crms_norm_packed`, which writes 1 into that lane. Leaves of the readers' biases leave the tree.
+
+    Raises: LayoutError for a tree that is not compact (where the description knows the width).
+    """
+    found = spec.resolve(params)
+    if found.width is not None and found.lanes != found.width - 1:
+        raise LayoutError(
+            f"pack: the main branch has {found.lanes} lanes; expected {found.width - 1}, the nominal width less 1"
+        )
+    return _transform(params, spec, writer=[append_zero], affine=[repeat_last], spare="fill")
+
+
+def unpack(params: Tree, spec: MainBranch) -> Tree:
+    """Packed -> compact, the inverse of `pack`.
+
+    Raises: LayoutError for a reader whose description has no place for the bias.
+    """
+    return _transform(params, spec, writer=[drop_last], affine=[drop_last], spare="clear")
+
+
+def to_pre_rmsnorm(params: Tree, spec: MainBranch) -> Tree:
+    """Pre-LN -> Pre-RMSNorm: recenter . fold_affine. Idempotent. Run it with `rms_norm` (or still with LayerNorm)."""
+    return _transform(params, spec, fold=True, writer=[recenter_axis])
+
+
+def to_pre_crmsnorm(params: Tree, spec: MainBranch, basis: str = "reflect") -> Tree:
+    """Pre-LN or Pre-RMSNorm -> compact Pre-CRMSNorm of width d - 1: compress . recenter . fold_affine. Run it with `crms_norm`."""
+    return compress(params, spec, basis)
+
+
+def to_pre_ln(params: Tree, spec: MainBranch, basis: str = "reflect") -> Tree:
+    """Back to Pre-LN of width d, from Pre-RMSNorm (the identity on weights) or compact Pre-CRMSNorm (decompress).
+
+    Raises: LayoutError where the description does not tell the nominal width: the two can't be told apart then.
+    """
+    found = spec.resolve(params)
+    if found.width is None:
+        raise LayoutError(
+            "to_pre_ln: the description has no width, so compressed and full trees look alike; give MainBranch(width=...)"
+        )
+    return params if found.lanes == found.width else decompress(params, spec, basis)
+
+
+def to_plain_rmsnorm(params: Tree, spec: MainBranch) -> Tree:
+    """From `compress(..., basis="reflect")`: parameters of an ordinary RMSNorm Transformer of width d - 1.
+
+    z / sqrt(sum z^2 / d + eps) = sqrt(d / (d-1)) RMSNorm_{d-1}(z; eps d / (d-1)), so every reader takes the constant sqrt(d / (d-1));
+    run it with `rms_norm(z, eps=plain_eps(eps, d))`.
+    """
+    lanes = spec.resolve(params).lanes
+    constant = math.sqrt((lanes + 1) / lanes)
+    return _transform(params, spec, reader=[lambda kernel, axis: kernel * constant], kept_scale=constant)
+
+
+def plain_eps(eps: float, width: int) -> float:
+    """The eps of the plain RMSNorm of width `width` - 1 that stands for a LayerNorm of width `width` with `eps`."""
+    return eps * width / (width - 1)
+
+
+def strip_affine(params: Tree, spec: MainBranch) -> Tree:
+    """Removes the norms' scale and bias leaves after `fold_affine`, for a model whose norms have none.
+
+    Raises: LayoutError where a concrete leaf is not ones (scale) or zeros (bias).
+    """
+    flat = leaves(params)
+    for norm in spec.resolve(params).norms:
+        for path, neutral in ((norm.scale, 1), (norm.bias, 0)):
+            if path is None or norm.keep is not None:
+                continue
+            if not isinstance(flat[path], jax.core.Tracer) and np.any(np.asarray(flat[path]) != neutral):
+                raise LayoutError(
+                    f"{path}: is not {neutral} everywhere, so removing it would change the function; fold_affine first"
+                )
+            del flat[path]
+    return with_leaves(params, flat)
+
+
+# The one pass over a tree: leaf by leaf, so that the widened copies of one leaf alone are alive at a time.
+
+
+def _transform(
+    params: Tree,
+    spec: MainBranch,
+    *,
+    fold: bool = False,
+    writer: Sequence[Map] = (),
+    reader: Sequence[Map] = (),
+    affine: Sequence[Map] = (),
+    spare: str | None = None,
+    kept_scale: float = 1.0,
+) -> Tree:
+    """Applies maps (array, axis) -> array to the writers, the folded readers and the folded norms' leaves of a tree, and a factor to
+    the scales that stay."""
+    found = spec.resolve(params)
+    old = leaves(params)
+    new = dict(old)
+    _check_kept(found, reader, spare)
+    for norm in found.norms:
+        if not _folds(norm):
+            if kept_scale != 1.0:
+                new[_required_scale(norm)] = _narrow(
+                    _wide(old[_required_scale(norm)]) * kept_scale, old[_required_scale(norm)]
+                )
+            continue
+        for leaf in norm.readers:
+            kernel, bias = _read(leaf, norm, new, old, fold)
+            for change in reader:
+                kernel = change(kernel, leaf.axis)
+            if spare == "fill":
+                kernel, bias = _fill_spare(kernel, bias, leaf.axis), None
+            elif spare == "clear":
+                kernel, bias = _clear_spare(kernel, leaf)
+            new[leaf.kernel] = _narrow(kernel, old[leaf.kernel])
+            if leaf.bias and bias is not None:
+                new[leaf.bias] = _narrow(bias, old.get(leaf.bias, old[leaf.kernel]))
+            elif leaf.bias and spare == "fill":
+                new.pop(leaf.bias, None)
+        for path, neutral in ((norm.scale, 1), (norm.bias, 0)):
+            if path:
+                value = np.full(old[path].shape, neutral) if fold else _wide(old[path])
+                for change in affine:
+                    value = change(value, -1)
+                new[path] = _narrow(value, old[path])
+    for path, axis in found.writers:
+        value = _wide(new[path])
+        for change in writer:
+            value = change(value, axis)
+        new[path] = _narrow(value, old[path])
+    return with_leaves(params, new)
+
+
+def _folds(norm: NormLeaves) -> bool:
+    """Whether the norm's affine can move: every reader can take a bias, or there is none to take."""
+    return norm.keep is None and (norm.bias is None or all(reader.bias for reader in norm.readers))
+
+
+def _required_scale(norm: NormLeaves) -> str:
+    if norm.scale is None:
+        raise LayoutError(
+            f"norm {norm.name}: keeps its affine ({norm.keep}) but has no scale to take the constant; give it one of ones"
+        )
+    return norm.scale
+
+
+def _check_kept(found: Resolved, reader: Sequence[Map], spare: str | None) -> None:
+    for norm in found.norms:
+        if (reader or spare) and norm.keep is None and not _folds(norm):
+            kernel = next(reader.kernel for reader in norm.readers if not reader.bias)
+            raise LayoutError(
+                f"{norm.bias}: can't be folded: its reader {kernel} has no place for a bias (give Reader.bias)"
+            )
+
+
+def _read(
+    leaf: ReaderLeaf, norm: NormLeaves, new: dict[str, Array], old: dict[str, Array], fold: bool
+) -> tuple[Array, Array | None]:
+    """A reader's kernel and bias, widened, with its norm's affine folded in where `fold`."""
+    kernel = _wide(new[leaf.kernel])
+    bias = _wide(old[leaf.bias]) if leaf.bias and not leaf.new_bias else None
+    if not fold:
+        return kernel, bias
+    if norm.bias is not None:
+        beta = _along(_wide(old[norm.bias]), kernel, leaf.axis, norm.bias, leaf.kernel)
+        shift = (beta * kernel).sum(axis=leaf.axis)
+        if bias is not None and bias.shape != shift.shape:
+            raise LayoutError(
+                f"{leaf.bias} {bias.shape}: expected {shift.shape}, the shape of {leaf.kernel} without its axis {leaf.axis}"
+            )
+        bias = shift if bias is None else bias + shift
+    if norm.scale is not None:
+        kernel = kernel * _along(_wide(old[norm.scale]), kernel, leaf.axis, norm.scale, leaf.kernel)
+    return kernel, bias
+
+
+def _along(row: Array, kernel: Array, axis: int, path: str, reader: str) -> Array:
+    """A (layers..., d) norm parameter, shaped to multiply a (layers..., ..., d, ...) kernel along its input axis."""
+    layers = row.shape[:-1]
+    if kernel.shape[: len(layers)] != layers or kernel.ndim + axis < len(layers):
+        raise LayoutError(
+            f"{path} {row.shape}: its leading (stacked) axes are not those of its reader {reader} {kernel.shape}"
+        )
+    shape = list(layers) + [1] * (kernel.ndim - len(layers))
+    shape[axis] = row.shape[-1]
+    return row.reshape(shape)
+
+
+def _fill_spare(kernel: Array, bias: Array | None, axis: int) -> Array:
+    if bias is None:
+        return append_zero(kernel, axis)
+    return xp(kernel).concatenate([kernel, xp(bias).expand_dims(bias, axis)], axis=axis)
+
+
+def _clear_spare(kernel: Array, leaf: ReaderLeaf) -> tuple[Array, Array]:
+    if leaf.bias is None:
+        raise LayoutError(
+            f"{leaf.kernel}: its spare row is a bias and the description has no place for it; give Reader.bias"
+        )
+    return drop_last(kernel, leaf.axis), last(kernel, leaf.axis)[at(slice(None), 0, axis=leaf.axis, rank=kernel.ndim)]
+
+
+# Where the arithmetic happens.
+
+
+def _wide(leaf: Array) -> Array:
+    """float64 on the host for a concrete array, at least float32 for a traced one."""
+    if isinstance(leaf, jax.core.Tracer):
+        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    return np.asarray(leaf).astype(np.float64)
+
+
+def _narrow(value: Array, like: Array) -> Array:
+    """Back to the storage dtype and kind of array, with one rounding."""
+    if isinstance(value, np.ndarray):
+        value = value.astype(like.dtype)
+        return value if isinstance(like, np.ndarray) else jnp.asarray(value)
+    return value.astype(like.dtype)
