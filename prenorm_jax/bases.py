@@ -37,10 +37,14 @@ def undrop_writer(w: Array, axis: int) -> Array:
 
 
 def reflect(w: Array, axis: int) -> Array:
-    """H w along an axis, without its last coordinate, the mean: (..., d, ...) -> (..., d-1, ...)."""
+    """H w along an axis, without its last coordinate, the mean: (..., d, ...) -> (..., d-1, ...).
+
+    H w is blind to w + c 1 but for that last coordinate, so the last slice is subtracted first: a large mean then costs no precision,
+    and H y = y - u^2 / (1 - u) sum(y) for what is left.
+    """
     u = 1 / math.sqrt(w.shape[axis])
-    along_v = u * w.sum(axis=axis, keepdims=True) - last(w, axis)
-    return drop_last(w, axis) - (u / (1 - u)) * along_v
+    y = drop_reader(w, axis)
+    return y - (u * u / (1 - u)) * y.sum(axis=axis, keepdims=True)
 
 
 def unreflect(w: Array, axis: int) -> Array:

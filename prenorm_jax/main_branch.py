@@ -112,6 +112,10 @@ class MainBranch:
                 )
         for norm in self.norms:
             for reader in norm.readers:
+                if reader.bias and "*" in reader.bias:
+                    raise LayoutError(
+                        f"{reader.bias}: a * is forgotten, so it can't say where the bias of {reader.kernel} is; write a name in braces"
+                    )
                 unknown = _names(reader.bias) - _names(reader.kernel)
                 if unknown:
                     raise LayoutError(

@@ -10,16 +10,24 @@ Tree = Any
 
 
 class TreeError(ValueError):
-    """A leaf that can't be added to, or removed from, its container."""
+    """A leaf that can't be added to, or removed from, its container, or that can't be told from another."""
 
 
 def leaves(tree: Tree) -> dict[str, Any]:
     """Path -> leaf of any pytree of arrays: nested dicts, Flax states, dataclasses, lists.
 
+    Raises: TreeError for two leaves of one path.
+
     >>> list(leaves({"a": {"kernel": jax.numpy.ones(2)}, "b": [jax.numpy.ones(1)]}))
     ['a/kernel', 'b/0']
     """
-    return {_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    found: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        path = _path(keys)
+        if path in found:
+            raise TreeError(f"{path}: two leaves have this path (a key holds a '/'?); rename one of them")
+        found[path] = leaf
+    return found
 
 
 def with_leaves(tree: Tree, flat: Mapping[str, Any]) -> Tree:
@@ -40,7 +48,7 @@ def with_leaves(tree: Tree, flat: Mapping[str, Any]) -> Tree:
 
 def _rebuilt(node: Tree, prefix: str, unused: dict[str, Any], parents: set[str]) -> Tree:
     if isinstance(node, Mapping):
-        kept = {key: child for key, child in node.items() if f"{prefix}{key}" in parents}
+        kept = {key: child for key, child in _children(node).items() if f"{prefix}{key}" in parents}
         children = {key: _rebuilt(child, f"{prefix}{key}/", unused, parents) for key, child in kept.items()}
         for path in [p for p in unused if p.startswith(prefix) and "/" not in p[len(prefix) :]]:
             children[path[len(prefix) :]] = _boxed_like(node, unused.pop(path))
@@ -52,6 +60,12 @@ def _rebuilt(node: Tree, prefix: str, unused: dict[str, Any], parents: set[str])
             f"{missing[0]}: can't be removed from a {type(node).__name__}; pass the parameters as nested dicts"
         )
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(node), [unused.pop(path) for path in paths])
+
+
+def _children(node: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What a mapping holds, as jax sees it: a Flax State shows its nested dicts as States when asked itself."""
+    held = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)[0]
+    return {getattr(path[0], "key", path[0]): child for path, child in held}
 
 
 def _boxed_like(siblings: Mapping[Any, Any], value: Any) -> Any:

@@ -17,6 +17,7 @@ A norm with a reader that can take no bias, or with `keep`, keeps its affine: no
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,8 @@ def compress(params: Tree, spec: MainBranch, basis: str = "reflect") -> Tree:
 
 
 def decompress(params: Tree, spec: MainBranch, basis: str = "reflect") -> Tree:
-    """Width d - 1 -> d (identity 5), the inverse of `compress`: parameters of a zero-mean Pre-RMSNorm.
+    """Width d - 1 -> d (identity 5), the inverse of `compress`: parameters of a zero-mean Pre-RMSNorm. Folds what is not yet so: a
+    scale or bias in the coordinates of d - 1 has no place in those of d.
 
     Raises: LayoutError for a tree that is not compressed (where the description knows the width); ValueError for an unknown basis.
     """
@@ -80,7 +82,9 @@ def decompress(params: Tree, spec: MainBranch, basis: str = "reflect") -> Tree:
         raise LayoutError(
             f"decompress: the main branch has {found.lanes} lanes; expected {found.width - 1}, the nominal width less 1"
         )
-    return _transform(params, spec, writer=[maps["back_writer"]], reader=[maps["back_reader"]], affine=[repeat_last])
+    return _transform(
+        params, spec, fold=True, writer=[maps["back_writer"]], reader=[maps["back_reader"]], affine=[repeat_last]
+    )
 
 
 def pack(params: Tree, spec: MainBranch) -> Tree:
@@ -101,8 +105,12 @@ def pack(params: Tree, spec: MainBranch) -> Tree:
 def unpack(params: Tree, spec: MainBranch) -> Tree:
     """Packed -> compact, the inverse of `pack`.
 
-    Raises: LayoutError for a reader whose description has no place for the bias.
+    Raises: LayoutError for a tree that is not packed (another width where the description knows it, or a reader with a bias), and
+      for a reader whose description has no place for the bias.
     """
+    found = spec.resolve(params)
+    if found.width is not None and found.lanes != found.width:
+        raise LayoutError(f"unpack: the main branch has {found.lanes} lanes; expected {found.width}, the nominal width")
     return _transform(params, spec, writer=[drop_last], affine=[drop_last], spare="clear")
 
 
@@ -132,12 +140,12 @@ def to_pre_ln(params: Tree, spec: MainBranch, basis: str = "reflect") -> Tree:
 def to_plain_rmsnorm(params: Tree, spec: MainBranch) -> Tree:
     """From `compress(..., basis="reflect")`: parameters of an ordinary RMSNorm Transformer of width d - 1.
 
-    z / sqrt(sum z^2 / d + eps) = sqrt(d / (d-1)) RMSNorm_{d-1}(z; eps d / (d-1)), so every reader takes the constant sqrt(d / (d-1));
-    run it with `rms_norm(z, eps=plain_eps(eps, d))`.
+    z / sqrt(sum z^2 / d + eps) = sqrt(d / (d-1)) RMSNorm_{d-1}(z; eps d / (d-1)), so every reader takes the constant sqrt(d / (d-1)),
+    and its norm's affine first where that is not folded yet; run it with `rms_norm(z, eps=plain_eps(eps, d))`.
     """
     lanes = spec.resolve(params).lanes
     constant = math.sqrt((lanes + 1) / lanes)
-    return _transform(params, spec, reader=[lambda kernel, axis: kernel * constant], kept_scale=constant)
+    return _transform(params, spec, fold=True, reader=[lambda kernel, axis: kernel * constant], kept_scale=constant)
 
 
 def plain_eps(eps: float, width: int) -> float:
@@ -148,19 +156,43 @@ def plain_eps(eps: float, width: int) -> float:
 def strip_affine(params: Tree, spec: MainBranch) -> Tree:
     """Removes the norms' scale and bias leaves after `fold_affine`, for a model whose norms have none.
 
-    Raises: LayoutError where a concrete leaf is not ones (scale) or zeros (bias).
+    Raises: LayoutError where a concrete leaf is not ones (scale) or zeros (bias), and for traced ones of a norm that can't be folded.
     """
     flat = leaves(params)
     for norm in spec.resolve(params).norms:
         for path, neutral in ((norm.scale, 1), (norm.bias, 0)):
             if path is None or norm.keep is not None:
                 continue
-            if not isinstance(flat[path], jax.core.Tracer) and np.any(np.asarray(flat[path]) != neutral):
+            if isinstance(flat[path], jax.core.Tracer):
+                if not _folds(norm):
+                    raise LayoutError(
+                        f"{path}: can't be folded, so it stays: a reader behind it has no place for a bias (give Reader.bias)"
+                    )
+            elif np.any(np.asarray(flat[path]) != neutral):
                 raise LayoutError(
                     f"{path}: is not {neutral} everywhere, so removing it would change the function; fold_affine first"
                 )
             del flat[path]
     return with_leaves(params, flat)
+
+
+def require_recentered(params: Tree, spec: MainBranch) -> None:
+    """Refuses concrete parameters of an RMSNorm model whose main branch has a mean: such a model is no Pre-LN model in disguise.
+
+    Raises: LayoutError naming the writer with the largest mean, where that is more than rounding.
+    """
+    flat = leaves(params)
+    means = {}
+    for path, axis in spec.resolve(params).writers:
+        value = _wide(flat[path])
+        rounding = float(jnp.finfo(flat[path].dtype).eps) * np.sqrt(np.square(value).mean())
+        means[path] = float(np.abs(value.mean(axis=axis)).max() / max(rounding, np.finfo(np.float64).tiny))
+    worst = max(means, key=lambda path: means[path])
+    if means[worst] > 8:
+        raise LayoutError(
+            f"{worst}: its mean along the main branch is {means[worst]:.1e} x its rounding error, so RMSNorm sees it and LayerNorm "
+            "would not; only a recentered model has a Pre-LN equal"
+        )
 
 
 # The one pass over a tree: leaf by leaf, so that the widened copies of one leaf alone are alive at a time.
@@ -275,13 +307,18 @@ def _along(row: Array, kernel: Array, axis: int, path: str, reader: str) -> Arra
 def _fill_spare(kernel: Array, bias: Array | None, axis: int) -> Array:
     if bias is None:
         return append_zero(kernel, axis)
-    return xp(kernel).concatenate([kernel, xp(bias).expand_dims(bias, axis)], axis=axis)
+    numpy = np if xp(kernel) is xp(bias) is np else jnp  # one may be traced and the other not
+    return numpy.concatenate([kernel, numpy.expand_dims(bias, axis)], axis=axis)
 
 
 def _clear_spare(kernel: Array, leaf: ReaderLeaf) -> tuple[Array, Array]:
     if leaf.bias is None:
         raise LayoutError(
             f"{leaf.kernel}: its spare row is a bias and the description has no place for it; give Reader.bias"
+        )
+    if not leaf.new_bias:
+        raise LayoutError(
+            f"{leaf.bias}: a packed reader has its bias in its kernel's spare row; this tree is not packed"
         )
     return drop_last(kernel, leaf.axis), last(kernel, leaf.axis)[at(slice(None), 0, axis=leaf.axis, rank=kernel.ndim)]
 
@@ -299,6 +336,17 @@ def _wide(leaf: Array) -> Array:
 def _narrow(value: Array, like: Array) -> Array:
     """Back to the storage dtype and kind of array, with one rounding."""
     if isinstance(value, np.ndarray):
-        value = value.astype(like.dtype)
+        value = _rounded(value, like.dtype)
         return value if isinstance(like, np.ndarray) else jnp.asarray(value)
     return value.astype(like.dtype)
+
+
+def _rounded(value: Array, dtype: Any) -> Array:
+    """A host array in another dtype, rounded once. numpy takes float64 to bfloat16 by way of float32, and rounds twice: rounding to
+    odd in between keeps what the second rounding has to know."""
+    if value.dtype != np.float64 or dtype != jnp.bfloat16:
+        return value.astype(dtype)
+    near = value.astype(np.float32)
+    below = np.where(np.abs(near) > np.abs(value), np.nextafter(near, np.float32(0)), near)
+    odd = np.where(below == value, 0, 1).astype(np.uint32)
+    return (below.view(np.uint32) | odd).view(np.float32).astype(dtype)

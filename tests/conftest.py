@@ -1,11 +1,14 @@
 """House rules of every test: 8 CPU devices, float64 allowed, full matrix precision, no silent rank promotion; warnings are errors."""
 
+import dataclasses
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 jax.config.update("jax_enable_x64", True)
@@ -16,3 +19,41 @@ jax.config.update("jax_default_matmul_precision", "highest")
 @pytest.fixture(autouse=True, scope="session")
 def eight_devices():
     assert jax.device_count() == 8, "tests need 8 forced CPU devices: import nothing of jax before tests/conftest.py"
+
+
+def _assert_same(actual, expected, tolerance=0.0):
+    """Two trees of arrays: the same structure, dtypes and shapes, and values within `tolerance` of the expected leaf's largest one."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        where = jax.tree_util.keystr(path)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), where
+        a, b = np.asarray(a).astype(np.float64), np.asarray(b).astype(np.float64)
+        worst = np.max(np.abs(a - b), initial=0.0)  # NaN is never within a tolerance
+        assert worst <= tolerance * np.max(np.abs(b), initial=0.0), f"{where}: differs by {worst}"
+
+
+@pytest.fixture
+def assert_same():
+    return _assert_same
+
+
+def _random_params(config, seed=0, dtype=np.float64):
+    """A Pre-LN tree of normal values, norm scales around 1 with one 0, one negative and one tiny entry in each norm."""
+    from prenorm_jax import models
+
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        value = rng.normal(size=shape) * (1 if len(shape) < 2 else shape[-2] ** -0.5)
+        if path[-1].key == "scale":
+            value = 1 + 0.3 * value
+            value[..., :3] = 0.0, -0.7, 1e-30
+        return jnp.asarray(value, dtype)
+
+    shapes = models.abstract(dataclasses.replace(config, norm="pre_ln"))
+    return jax.tree_util.tree_map_with_path(lambda path, shape: leaf(path, shape.shape), shapes)
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    return _random_params

@@ -97,7 +97,10 @@ def native(params: Tree, config: Transformer) -> Tree:
 
 
 def pre_ln(params: Tree, config: Transformer) -> Tree:
-    """The variant's own parameters -> Pre-LN ones, with norms of scale 1 and bias 0: the inverse of `native`, up to the fold."""
+    """The variant's own parameters -> Pre-LN ones, with norms of scale 1 and bias 0: the inverse of `native`, up to the fold.
+
+    Raises: LayoutError for a pre_rmsnorm model that was trained away from zero mean: it has no Pre-LN equal.
+    """
     widened = leaves(variant(config).to_pre_ln(params, main_branch(config)))
     wanted = leaves(abstract(_in_pre_ln(config)))
     neutral = {"scale": jnp.ones, "bias": jnp.zeros}

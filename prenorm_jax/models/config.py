@@ -5,6 +5,7 @@ Brown et al. (2020), table 2.1, with head counts that multiply to the width (XL:
 """
 
 import dataclasses
+import math
 
 NORMS = ("pre_ln", "pre_rmsnorm", "pre_crmsnorm", "no_norm")
 BASES = ("reflect", "drop")
@@ -63,11 +64,13 @@ class Transformer:
         require_one_of("model.norm", self.norm, NORMS)
         require_one_of("model.basis", self.basis, BASES)
         require_one_of("model.layout", self.layout, LAYOUTS)
-        require(self.eps > 0, "model.eps", self.eps, "> 0")
+        require(isinstance(self.eps, float) and 0 < self.eps < math.inf, "model.eps", self.eps, "a float > 0")
         require_one_of("model.gelu", self.gelu, GELUS)
         require_one_of("model.dtype", self.dtype, DTYPES)
         require_one_of("model.param_dtype", self.param_dtype, DTYPES)
         require_one_of("model.attention", self.attention, ATTENTIONS)
+        for field in ("scan_layers", "remat"):
+            require(isinstance(getattr(self, field), bool), f"model.{field}", getattr(self, field), "True or False")
 
     @property
     def head_width(self) -> int:
@@ -132,6 +135,7 @@ class GPTConfig(Transformer):
         for field in ("context", "vocab_size", "vocab_multiple"):
             value = getattr(self, field)
             require(isinstance(value, int) and value > 0, f"model.{field}", value, "an integer > 0")
+        require(isinstance(self.tied, bool), "model.tied", self.tied, "True or False")
 
     @property
     def padded_vocab(self) -> int:

@@ -69,7 +69,8 @@ def _choose(logits: Array, key: Array, *, config: GPTConfig, temperature: float,
     logits = logits[:, : config.vocab_size]
     if temperature == 0:
         return jnp.argmax(logits, axis=-1)
-    if top_k is not None:
-        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.random.categorical(key, logits / temperature)
+    if top_k is None:
+        return jax.random.categorical(key, logits / temperature)
+    likeliest, tokens = jax.lax.top_k(logits, top_k)
+    chosen = jax.random.categorical(key, likeliest / temperature)
+    return jnp.take_along_axis(tokens, chosen[:, None], axis=1)[:, 0]

@@ -54,8 +54,9 @@ class GPT(nnx.Module):
         """
         config, this = self.config, variant(self.config)
         batch, length = tokens.shape
-        if length > config.context:
-            raise ValueError(f"tokens: got {length} of them; expected at most the context, {config.context}")
+        end = length + (position if isinstance(position, int) else 0)
+        if end > config.context:
+            raise ValueError(f"tokens: got {end} of them; expected at most the context, {config.context}")
         x = self.embed.table[...][tokens]
         x = this.write(x) if config.tied else x
         x = x + jax.lax.dynamic_slice_in_dim(self.position.table[...], position, length)[None]

@@ -68,7 +68,8 @@ class Variant:
             return self.norm(x, scale, bias, eps=eps)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         n = self.read(self.norm(wide, eps=eps))
-        return (n * scale.astype(n.dtype) + bias.astype(n.dtype)).astype(x.dtype)
+        scale, bias = (leaf.astype(n.dtype).reshape((1,) * (n.ndim - 1) + leaf.shape) for leaf in (scale, bias))
+        return (n * scale + bias).astype(x.dtype)
 
 
 def variant(config: Transformer) -> Variant:
@@ -87,6 +88,11 @@ def _to_pre_rmsnorm(params: Tree, spec: MainBranch) -> Tree:
     return transforms.strip_affine(transforms.to_pre_rmsnorm(params, spec), spec)
 
 
+def _recentered(params: Tree, spec: MainBranch) -> Tree:
+    transforms.require_recentered(params, spec)
+    return params
+
+
 _FULL_WIDTH = {
     "pre_ln": Variant(layer_norm, affine=True),
     "pre_rmsnorm": Variant(
@@ -94,6 +100,7 @@ _FULL_WIDTH = {
         write=lambda x: bases.recenter_axis(x, -1),
         from_pre_ln=_to_pre_rmsnorm,
         to_native=_to_pre_rmsnorm,
+        to_pre_ln=_recentered,
     ),
     "no_norm": Variant(_no_norm, from_pre_ln=_to_pre_rmsnorm, to_native=_to_pre_rmsnorm),
 }

@@ -1,0 +1,38 @@
+"""A small Pre-LN Transformer on real data, on a laptop: a ViT on handwritten digits, or a byte-level GPT on Python source.
+
+Command:  python train.py --config=configs/quickstart.py        (ViT, scikit-learn's 1,797 digits)
+          python train.py --config=configs/quickstart.py:gpt    (GPT, the standard library's source)
+"""
+
+from ml_collections import ConfigDict
+
+from configs import options
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """arg: "vit" (default) or "gpt"."""
+    return text() if options.read_word(arg, "vit", "gpt") == "gpt" else images()
+
+
+def images() -> ConfigDict:
+    config = options.every_option("image_classification")
+    config.data.name = "digits"
+    config.model.update({"image_size": 8, "patch_size": 2, "channels": 1, "classes": 10})
+    config.model.update({"width": 64, "depth": 4, "heads": 4, "mlp_width": 256})
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 40
+    config.train.update({"steps": 400, "batch_size": 128, "eval_batch_size": 120})
+    config.train.update({"eval_every": 100, "checkpoint_every": 200, "log_every": 10})
+    return config
+
+
+def text() -> ConfigDict:
+    config = options.every_option("language_modelling")
+    config.data.name = "stdlib"
+    config.model.update({"context": 128, "vocab_size": 256})
+    config.model.update({"width": 128, "depth": 4, "heads": 4, "mlp_width": 512})
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 40
+    config.train.update({"steps": 400, "batch_size": 16, "eval_batch_size": 16, "eval_examples": 512})
+    config.train.update({"eval_every": 100, "checkpoint_every": 200, "log_every": 10})
+    return config

@@ -1,0 +1,81 @@
+"""The pictures that go with the tables: step-time bars, errors by dtype, the main branch by layer."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.ticker
+import numpy as np
+from matplotlib.figure import Figure
+
+COLOURS = {
+    "pre_ln": "#4c4c4c",
+    "pre_ln again": "#9a9a9a",
+    "pre_rmsnorm": "#1f77b4",
+    "pre_crmsnorm-reflect": "#2ca02c",
+    "pre_crmsnorm-drop": "#98df8a",
+    "no_norm": "#d9b38c",
+}
+
+
+def step_times(times: Mapping[str, Mapping[str, Any]], path: pathlib.Path, title: str) -> None:
+    """Bars of the ratio to pre_ln with the range over windows, a panel for each kind of work."""
+    figure = Figure(figsize=(4.2 * len(times), 3.6), layout="constrained")
+    for axes, (work, rows) in zip(
+        np.atleast_1d(figure.subplots(1, len(times), sharey=True)), times.items(), strict=True
+    ):
+        ratios = np.array([row["ratio"] for row in rows.values()])
+        spread = np.abs(ratios[:, 1:].T - ratios[:, 0])
+        axes.barh(list(rows), ratios[:, 0], xerr=spread, color=[COLOURS[name] for name in rows], capsize=3)
+        for position, row in enumerate(rows.values()):
+            milliseconds = 1e3 * np.median(row["windows_s"])
+            axes.text(
+                0.02,
+                position,
+                f"{milliseconds:.2f} ms",
+                va="center",
+                color="white",
+                fontsize=8,
+                transform=axes.get_yaxis_transform(),
+            )
+        axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        axes.set_title(work, fontsize=10)
+        axes.set_xlabel("step time / pre_ln")
+    figure.axes[0].invert_yaxis()
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def equivalence(errors: Mapping[str, Mapping[str, Any]], path: pathlib.Path, title: str) -> None:
+    """Logit errors by dtype and form; the main branch's error and mean by layer in the narrowest dtype."""
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(13, 3.8), layout="constrained")
+        bars, layers, means = figure.subplots(1, 3)
+        forms = list(next(iter(errors.values())))
+        width = 0.8 / len(forms)
+        for index, form in enumerate(forms):
+            heights = [max(rows[form]["logits_rms"], 1e-17) for rows in errors.values()]
+            bars.bar(np.arange(len(errors)) + index * width, heights, width, label=form, color=COLOURS[form])
+        bars.set_xticks(np.arange(len(errors)) + 0.4 - width / 2, list(errors))
+        bars.set_yscale("log")
+        bars.set_title("logits: rms error / rms, against float64 pre_ln")
+        bars.legend(fontsize=7)
+        for dtype, line in zip(errors, ("-", "--", ":"), strict=False):
+            for form in forms:
+                row = errors[dtype][form]
+                label = form if line == "-" else None
+                floor = 1e-17
+                layers.plot(np.maximum(row["stream_rms"], floor), line, color=COLOURS[form], label=label)
+                means.plot(np.maximum(row["stream_mean"], floor), line, color=COLOURS[form], label=label)
+        styles = ", ".join(
+            f"{line} {dtype}" for dtype, line in zip(errors, ("solid", "dashed", "dotted"), strict=False)
+        )
+        layers.set_title(f"main branch: rms error by layer\n({styles})")
+        means.set_title("main branch: |mean| / rms by layer")
+        for axes in (layers, means):
+            axes.set_yscale("log")
+            axes.set_xlabel("after layer")
+            axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+        figure.suptitle(title)
+        figure.savefig(path, dpi=130)

@@ -1,0 +1,178 @@
+"""`convert`: LayerNorm becomes RMSNorm in any JAX program, found and proven by tracing.
+
+LayerNorm ignores the mean of its input, so a Transformer's main branch may be kept at zero mean, and there LayerNorm *is* RMSNorm:
+    LN(x) = gamma * (x - mean x) / sqrt(mean((x - mean x)^2) + eps) + beta = gamma * x / sqrt(mean(x^2) + eps) + beta.
+(arXiv 2305.14858; identities 1 and 2 of this package.) Which values may be shifted, and which then have zero mean, is proven for
+the traced program; see `shift`, `zero_mean` and `plan`. The parameters keep their structure, shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Callable
+
+import jax
+
+from prenorm_jax.tracing.jaxprs import Axes, Program
+from prenorm_jax.tracing.plan import POLICIES, Plan, make_plan
+from prenorm_jax.tracing.report import Report, report_of
+from prenorm_jax.tracing.rewrite import recentered, rewrite
+from prenorm_jax.tracing.signature import Arguments, Traced, output_paths, trace_program
+from prenorm_jax.tracing.verify import TOLERANCE, difference
+
+
+class ConversionError(ValueError):
+    """Nothing could be converted, or the result differs from the original; the message says what and where."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A converted program: `fn(params, *inputs)` equals the original on the original parameters.
+
+    Attributes:
+      fn: takes what the original took, also at other shapes; jittable, differentiable, vmappable.
+      params: the recentered parameters, in the structure they came in.
+      report: what was done, and why not where it was not.
+    """
+
+    fn: Callable[..., Any]
+    params: Any
+    report: Report
+
+
+def convert(
+    fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    fold: bool = False,
+    partial: bool = False,
+    verify: bool = True,
+    activations: str = "pays",
+    inline_custom: bool = False,
+) -> Converted:
+    """Turn the LayerNorms of a program into RMSNorms, where that is provably the same function.
+
+    Args:
+      fn: jittable function of (params, *inputs), in any library.
+      params: its parameters, any pytree; leaves that are no arrays are left alone.
+      *inputs: example inputs. The result takes other shapes, too, and is traced and proven anew for each.
+      fold: also move norm scales and biases into the linear maps that read them, where all of them can take them.
+      partial: accept that nothing could be converted; otherwise that is an error.
+      verify: compare in float64 on the given inputs, for the given and for random parameters.
+      activations: where leaves do not suffice, recenter activations if that "pays" (fewer reductions in all), "always" or "never".
+      inline_custom: differentiate the functions under custom_jvp and custom_vjp themselves instead of keeping their rules. It lets
+        LayerNorms inside them be converted, and is right only if the rules are the functions' true derivatives.
+
+    Returns:
+      Converted(fn, params, report). Gradients with respect to inputs are the original's; with respect to parameters they are the
+      original's along all directions that keep the recentered leaves at zero mean.
+
+    Raises:
+      ConversionError: nothing was converted and `partial` is False; or verification failed, naming the worst output.
+      ValueError: an unknown policy.
+
+    >>> import jax, jax.numpy as jnp
+    >>> def fn(params, x):
+    ...     h = x @ params["write"]
+    ...     h = h - h.mean(-1, keepdims=True)
+    ...     return h / jnp.sqrt((h * h).mean(-1, keepdims=True) + 1e-6) @ params["read"]
+    >>> keys = jax.random.split(jax.random.key(0), 3)
+    >>> params = {"write": jax.random.normal(keys[0], (4, 8)), "read": jax.random.normal(keys[1], (8, 2))}
+    >>> out = convert(fn, params, jax.random.normal(keys[2], (5, 4)))
+    >>> out.report.converted, out.report.leaves
+    (1, (('write', (-1,)),))
+    """
+    if activations not in POLICIES:
+        raise ValueError(f"activations={activations!r}; choose one of {', '.join(POLICIES)}")
+    arguments = Arguments.of(params, inputs)
+    if verify and not arguments.concrete():
+        raise ValueError("verification needs arrays with values; pass verify=False to convert under jit or from shapes alone")
+    traced = trace_program(fn, arguments, inline_custom)
+    floats = [k for k in range(arguments.n_params) if arguments.is_float(k)]
+    plan = make_plan(traced.program, floats, activations=activations)
+    decision, program = _decision(plan, arguments, activations), rewrite(plan)
+    report = report_of(plan, program, arguments.paths, decision.leaves)
+    if not report.converted and not partial:
+        raise ConversionError(f"no LayerNorm was converted; partial=True accepts that\n{report}")
+    if verify:
+        report = dataclasses.replace(report, error=_verified(traced, program, arguments, decision))
+    new_params, _ = arguments.unflatten(decision.prepared(arguments.arrays))
+    run = _ConvertedFn(fn, decision, inline_custom)
+    run.remember(arguments, traced, program)
+    return Converted(run, new_params, report)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What was decided about the parameters; it holds for every shape that the converted function is traced for.
+
+    `leaves` are (position among the arrays, axes, path) of the leaves that have zero mean from now on.
+    """
+
+    leaves: tuple[tuple[int, Axes, str], ...]
+    activations: str
+
+    def prepared(self, arrays: list[Any]) -> list[Any]:
+        """The arguments with the parameters converted."""
+        arrays = list(arrays)
+        for position, axes, _ in self.leaves:
+            arrays[position] = recentered_leaf(arrays[position], axes)
+        return arrays
+
+    def rewritten(self, program: Program) -> Program:
+        """The program for parameters so converted.
+
+        Raises: ConversionError where a leaf's mean matters to this program, though it did not to the one decided upon.
+        """
+        given = [(position, axes) for position, axes, _ in self.leaves]
+        plan = make_plan(program, (), given, self.activations)
+        invars = plan.flow.main.jaxpr.invars
+        for position, axes, path in self.leaves:
+            if not plan.shifts.may_shift(invars[position], axes):
+                reason = plan.shifts.why_not(invars[position], axes)
+                raise ConversionError(f"{path}: recentered at conversion, but its mean matters for these inputs: {reason}")
+        return rewrite(plan)
+
+
+def _decision(plan: Plan, arguments: Arguments, activations: str) -> Decision:
+    positions = {var: k for k, var in enumerate(plan.flow.main.jaxpr.invars)}
+    found = sorted((positions[m.atom], m.axes) for m in plan.leaves())
+    return Decision(tuple((k, axes, arguments.paths[k]) for k, axes in found), activations)
+
+
+def recentered_leaf(leaf: Any, axes: Axes) -> Any:
+    """A parameter minus its mean over `axes`; twice, since rounding leaves a mean of its own the first time."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    return recentered(recentered(leaf, axes), axes)
+
+
+def _verified(traced: Traced, program: Program, arguments: Arguments, decision: Decision) -> float:
+    error, output = difference(traced.program, program, arguments.arrays, arguments.n_params, decision.prepared)
+    if not error <= TOLERANCE:
+        name = output_paths(traced.out_tree)[output]
+        raise ConversionError(
+            f"verification failed in float64: {name} differs by {error:.1e} of its largest entry (allowed: {TOLERANCE:.0e}); "
+            "please report the program"
+        )
+    return error
+
+
+class _ConvertedFn:
+    """The converted function: traced, proven and rewritten once for each structure and shape of its arguments."""
+
+    def __init__(self, fn: Callable[..., Any], decision: Decision, inline_custom: bool):
+        self._fn, self._decision, self._inline_custom = fn, decision, inline_custom
+        self._known: dict[Any, tuple[Callable[..., list[Any]], Any]] = {}
+
+    def remember(self, arguments: Arguments, traced: Traced, program: Program) -> None:
+        self._known[arguments.key] = (jax.jit(program.__call__), traced.out_tree)
+
+    def __call__(self, params: Any, *inputs: Any) -> Any:
+        arguments = Arguments.of(params, inputs)
+        key = arguments.key
+        if key not in self._known:
+            traced = trace_program(self._fn, arguments, self._inline_custom)
+            self.remember(arguments, traced, self._decision.rewritten(traced.program))
+        run, out_tree = self._known[key]
+        return jax.tree.unflatten(out_tree, run(*arguments.arrays))

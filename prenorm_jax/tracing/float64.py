@@ -1,0 +1,132 @@
+"""A program evaluated in float64, whatever widths it was written in.
+
+Rounding a bfloat16 stream hides errors of 1e-2, so a conversion is judged where rounding plays no part: every float in the program
+is widened, conversions between float types become the identity, and matrix products accumulate in float64. Primitives whose
+meaning depends on the width of their operands (bit casts, random bits, whatever is not listed here) run as written, on operands
+narrowed to the types they were traced with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prenorm_jax.tracing.jaxprs import CUSTOM, INLINED, Program, bind, is_float, is_var, open_program, scan_counts
+
+_WIDENED = frozenset(
+    "add sub mul div add_any neg square integer_pow pow sqrt rsqrt cbrt exp exp2 log log1p expm1 tanh logistic sin cos erf erfc erf_inv"
+    " max min abs sign lt le gt ge eq ne select_n stop_gradient copy copy_p"
+    " broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice rev concatenate pad split"
+    " reduce_sum reduce_max reduce_min reduce_prod cumsum cumprod cummax cummin cumlogsumexp tile gather scatter scatter-add scatter_add"
+    " name sharding_constraint optimization_barrier is_finite sort clamp expand_dims".split()
+)
+
+
+def evaluate64(program: Program, args: list[Any]) -> list[Any]:
+    """The program's results with all floating point arithmetic in float64. Call it under `jax.enable_x64(True)`."""
+    return _run(program.jaxpr, [_wide(c) for c in program.consts], [_wide(a) for a in args])
+
+
+def _wide(value: Any) -> Any:
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        value = np.asarray(value)
+        dtype = value.dtype
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+        return value
+    return jnp.asarray(value, jnp.float64) if jnp.issubdtype(dtype, jnp.floating) else jnp.asarray(value)
+
+
+def _narrow(value: Any, aval: Any) -> Any:
+    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
+        return value
+    return jax.lax.convert_element_type(value, aval.dtype)
+
+
+def _run(jaxpr: Any, consts: list, args: list) -> list:
+    env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
+
+    def read(atom: Any) -> Any:
+        return env[atom] if is_var(atom) else _wide(np.asarray(atom.val, atom.aval.dtype))
+
+    last_use = {a: k for k, e in enumerate(jaxpr.eqns) for a in e.invars if is_var(a)}
+    kept = {a for a in jaxpr.outvars if is_var(a)}
+    for k, eqn in enumerate(jaxpr.eqns):
+        env.update(zip(eqn.outvars, _equation(eqn, [read(a) for a in eqn.invars]), strict=True))
+        for a in (*eqn.invars, *eqn.outvars):
+            if is_var(a) and a not in kept and last_use.get(a, k) == k:
+                env.pop(a, None)
+    return [read(a) for a in jaxpr.outvars]
+
+
+def _equation(eqn: Any, args: list) -> list:
+    name = eqn.primitive.name
+    if name == "convert_element_type" and is_float(eqn.outvars[0]):
+        return [jax.lax.convert_element_type(args[0], jnp.float64)]
+    if name == "reduce_precision":
+        return args
+    if name in ("dot_general", "conv_general_dilated") and is_float(eqn.outvars[0]):
+        wide = [_wide(jax.lax.convert_element_type(a, jnp.float64)) for a in args]
+        return [eqn.primitive.bind(*wide, **{**eqn.params, "preferred_element_type": jnp.dtype("float64")})]
+    if name in _WIDENED:
+        return bind(eqn, _agreed(args, eqn))
+    structured = _STRUCTURED.get(name)
+    if structured is not None:
+        return structured(eqn, args)
+    narrow = [_narrow(a, v.aval) for a, v in zip(args, eqn.invars, strict=True)]
+    return [_wide(o) for o in bind(eqn, narrow)]
+
+
+def _agreed(args: list, eqn: Any) -> list:
+    """Widened operands beside ones that are not floats stay as they are; index operands are never floats."""
+    return [jax.lax.convert_element_type(a, jnp.float64) if is_float(v) else a for a, v in zip(args, eqn.invars, strict=True)]
+
+
+def _call(eqn: Any, args: list) -> list:
+    jaxpr, consts = open_program(eqn.params[next(k for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)])
+    return _run(jaxpr, [_wide(c) for c in consts], args)
+
+
+def _scan(eqn: Any, args: list) -> list:
+    n_consts, n_carry = scan_counts(eqn)
+    jaxpr, closed = open_program(eqn.params["jaxpr"])
+    consts, carry, xs = args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
+
+    def step(c: tuple, x: tuple) -> tuple:
+        outs = _run(jaxpr, [_wide(k) for k in closed], [*consts, *c, *x])
+        return tuple(map(_strong, outs[:n_carry])), tuple(outs[n_carry:])
+
+    length, reverse = eqn.params["length"], eqn.params["reverse"]
+    final, ys = jax.lax.scan(step, tuple(map(_strong, carry)), tuple(xs), length=length, reverse=reverse)
+    return [*final, *ys]
+
+
+def _while(eqn: Any, args: list) -> list:
+    nc, nb = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    cond, body = open_program(eqn.params["cond_jaxpr"])[0], open_program(eqn.params["body_jaxpr"])[0]
+    final = jax.lax.while_loop(
+        lambda c: _run(cond, [], [*args[:nc], *c])[0],
+        lambda c: tuple(map(_strong, _run(body, [], [*args[nc : nc + nb], *c]))),
+        tuple(map(_strong, args[nc + nb :])),
+    )
+    return list(final)
+
+
+def _cond(eqn: Any, args: list) -> list:
+    branches = [open_program(b)[0] for b in eqn.params["branches"]]
+    runs = [lambda *a, b=b: tuple(map(_strong, _run(b, [], list(a)))) for b in branches]
+    return list(jax.lax.switch(jnp.asarray(args[0], jnp.int32), runs, *args[1:]))
+
+
+def _strong(value: Any) -> Any:
+    """Without a weak type, so that a loop's carry keeps its type."""
+    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
+        return value
+    return jax.lax.convert_element_type(value, value.dtype)
+
+
+_STRUCTURED = {"scan": _scan, "while": _while, "cond": _cond, "remat2": _call, "remat": _call, "checkpoint": _call}
+_STRUCTURED |= dict.fromkeys((*INLINED, *CUSTOM), _call)

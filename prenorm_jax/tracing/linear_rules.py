@@ -1,0 +1,159 @@
+"""Rules for the primitives that sum, multiply and look up: reductions, products, convolutions, gather and scatter.
+
+A product's free axis belongs to one operand: shifting a kernel along its output axis shifts the product there, and the
+product has zero mean there exactly when the kernel does (PAPER.md's "recentering a writer's output axis").
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from prenorm_jax.tracing.jaxprs import Axes, is_float, shape_of
+from prenorm_jax.tracing.rules import Facts, register_rule
+
+
+def _kept(eqn: Any) -> list[int]:
+    return [a for a in range(len(shape_of(eqn.invars[0]))) if a not in eqn.params["axes"]]
+
+
+def _sum_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
+    kept = _kept(eqn)
+    left = tuple(kept.index(a) for a in axes if a in kept)
+    return {0: left} if left else None
+
+
+def _sum_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
+    kept = _kept(eqn)
+    return [(0, tuple(kept[a] for a in axes))] if is_float(eqn.invars[0]) else None
+
+
+register_rule("reduce_sum", shift=_sum_shift, zero=_sum_zero)
+
+
+def _cumsum_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
+    return None if eqn.params["axis"] in axes else {0: axes}
+
+
+def _cumsum_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
+    return None if eqn.params["axis"] in axes else [(0, axes)]
+
+
+register_rule("cumsum", shift=_cumsum_shift, zero=_cumsum_zero)
+
+
+def _window_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
+    names = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
+    plain = all(eqn.params[name][a] == 1 for name in names for a in axes)
+    return {0: axes} if plain and all(tuple(eqn.params["padding"][a]) == (0, 0) for a in axes) else None
+
+
+def _window_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
+    return [(0, axes)] if _window_shift(eqn, 0, axes, facts) else None
+
+
+register_rule("reduce_window_sum", shift=_window_shift, zero=_window_zero)
+
+
+def product_axes(eqn: Any) -> tuple[list[int], list[int], list[int]]:
+    """(batch axes of the left operand, free axes of the left, free axes of the right), in the order of the result."""
+    (left_sum, right_sum), (left_batch, right_batch) = eqn.params["dimension_numbers"]
+    left, right = (range(len(shape_of(a))) for a in eqn.invars)
+    return (
+        list(left_batch),
+        [a for a in left if a not in left_sum and a not in left_batch],
+        [a for a in right if a not in right_sum and a not in right_batch],
+    )
+
+
+def _dot_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
+    batch, left, right = product_axes(eqn)
+    free, start = (left, len(batch)) if i == 0 else (right, len(batch) + len(left))
+    return {0: tuple(sorted(start + free.index(a) for a in axes))} if set(axes) <= set(free) else None
+
+
+def _dot_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
+    batch, left, right = product_axes(eqn)
+    for i, free, start in ((0, left, len(batch)), (1, right, len(batch) + len(left))):
+        if all(start <= a < start + len(free) for a in axes):
+            return [(i, tuple(sorted(free[a - start] for a in axes)))]
+    return None
+
+
+register_rule("dot_general", shift=_dot_shift, zero=_dot_zero)
+
+
+def _conv_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
+    numbers, plain = eqn.params["dimension_numbers"], _ungrouped(eqn)
+    if i != 1 or not plain or axes != (numbers.rhs_spec[0],):
+        return None
+    return {0: (numbers.out_spec[1],)}
+
+
+def _conv_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
+    numbers = eqn.params["dimension_numbers"]
+    if not _ungrouped(eqn) or axes != (numbers.out_spec[1],):
+        return None
+    return [(1, (numbers.rhs_spec[0],))]
+
+
+def _ungrouped(eqn: Any) -> bool:
+    return eqn.params["feature_group_count"] == 1 and eqn.params["batch_group_count"] == 1
+
+
+register_rule("conv_general_dilated", shift=_conv_shift, zero=_conv_zero)
+
+
+def _gather_windows(eqn: Any) -> dict[int, int]:
+    """Operand axis -> result axis, for the axes that a gather takes whole. Where indices steer such an axis, too, the window starts
+    at 0 (clipped) or is left out as a whole (filled)."""
+    numbers, sizes, shape = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], shape_of(eqn.invars[0])
+    gone = set(numbers.collapsed_slice_dims) | set(getattr(numbers, "operand_batching_dims", ()))
+    windows = [a for a in range(len(shape)) if a not in gone]
+    pairs = zip(windows, numbers.offset_dims, strict=True)
+    return {a: out for a, out in pairs if sizes[a] == shape[a]}
+
+
+def _gather_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
+    windows = _gather_windows(eqn)
+    return {0: tuple(sorted(windows[a] for a in axes))} if i == 0 and set(axes) <= set(windows) else None
+
+
+def _gather_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
+    back = {out: a for a, out in _gather_windows(eqn).items()}
+    fill = eqn.params.get("fill_value")
+    drops = "FILL" in str(eqn.params.get("mode")).upper()
+    if drops and fill is not None and not (fill == 0 or math.isnan(fill)):
+        return None
+    return [(0, tuple(sorted(back[a] for a in axes)))] if set(axes) <= set(back) else None
+
+
+register_rule("gather", shift=_gather_shift, zero=_gather_zero)
+
+
+def _scatter_windows(eqn: Any) -> dict[int, int]:
+    """Operand axis -> update axis, for the axes along which every update covers the operand whole."""
+    numbers, shape, update = eqn.params["dimension_numbers"], shape_of(eqn.invars[0]), shape_of(eqn.invars[2])
+    gone = set(numbers.inserted_window_dims) | set(getattr(numbers, "operand_batching_dims", ()))
+    windows = [a for a in range(len(shape)) if a not in gone]
+    pairs = zip(windows, numbers.update_window_dims, strict=True)
+    return {a: up for a, up in pairs if update[up] == shape[a]}
+
+
+def _scatter_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
+    windows = _scatter_windows(eqn)
+    if i == 0:
+        return {0: axes} if set(axes) <= set(windows) else None
+    back = {up: a for a, up in windows.items()}
+    return {0: tuple(sorted(back[a] for a in axes))} if i == 2 and set(axes) <= set(back) else None
+
+
+def _scatter_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
+    windows = _scatter_windows(eqn)
+    if not set(axes) <= set(windows):
+        return None
+    return [(0, axes), (2, tuple(sorted(windows[a] for a in axes)))]
+
+
+for _name in ("scatter", "scatter-add", "scatter_add"):
+    register_rule(_name, shift=_scatter_shift, zero=_scatter_zero)

@@ -1,0 +1,109 @@
+"""The arguments of a call, split into arrays and the rest, and the program traced for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prenorm_jax.main_branch import leaves as paths_of
+from prenorm_jax.tracing.jaxprs import Program, normalize
+
+
+@dataclasses.dataclass
+class Arguments:
+    """(params, *inputs) flattened. Arrays are traced; what is no array (and Python numbers among the parameters, such as an
+    Equinox module's dropout rate) is part of the program."""
+
+    tree: Any
+    leaves: list[Any]
+    is_array: list[bool]
+    n_params: int  # arrays among the parameters; they come first
+    paths: list[str]  # of those
+
+    @classmethod
+    def of(cls, params: Any, inputs: tuple[Any, ...]) -> Arguments:
+        leaves, tree = jax.tree.flatten((params, inputs))
+        names = list(paths_of(params))
+        is_array = [_is_array(leaf, k >= len(names)) for k, leaf in enumerate(leaves)]
+        paths = [name for name, array in zip(names, is_array[: len(names)], strict=True) if array]
+        return cls(tree, leaves, is_array, len(paths), paths)
+
+    @property
+    def arrays(self) -> list[Any]:
+        return [leaf for leaf, array in zip(self.leaves, self.is_array, strict=True) if array]
+
+    @property
+    def key(self) -> Any:
+        """What a trace depends on."""
+        avals = tuple((np.shape(a), str(jnp.result_type(a)), bool(getattr(a, "weak_type", False))) for a in self.arrays)
+        statics = tuple(_Same(leaf) for leaf, array in zip(self.leaves, self.is_array, strict=True) if not array)
+        config = (jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision)
+        return (self.tree, avals, statics, config)
+
+    def unflatten(self, arrays: list[Any]) -> tuple[Any, tuple[Any, ...]]:
+        """(params, inputs) with other arrays."""
+        new = iter(arrays)
+        return jax.tree.unflatten(
+            self.tree, [next(new) if array else leaf for leaf, array in zip(self.leaves, self.is_array, strict=True)]
+        )
+
+    def is_float(self, k: int) -> bool:
+        dtype = self.arrays[k].dtype
+        return bool(jax.dtypes.issubdtype(dtype, np.floating))
+
+    def concrete(self) -> bool:
+        """Whether every array has a value."""
+        return not any(isinstance(a, (jax.core.Tracer, jax.ShapeDtypeStruct)) for a in self.arrays)
+
+
+class _Same:
+    """A static argument in a cache key: equal if it is the same object, or an equal one where objects can be compared."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return hash(type(self.value))
+
+    def __eq__(self, other: Any) -> bool:
+        if self.value is other.value:
+            return True
+        return type(self.value) is type(other.value) and isinstance(self.value, (bool, int, float, str)) and self.value == other.value
+
+
+def _is_array(leaf: Any, is_input: bool) -> bool:
+    if isinstance(leaf, (bool, int, float, complex)) and not isinstance(leaf, np.generic):
+        return is_input
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+
+
+@dataclasses.dataclass
+class Traced:
+    """A program in normal form and the structure of what it returns."""
+
+    program: Program
+    out_tree: Any
+
+
+def trace_program(fn: Callable[..., Any], arguments: Arguments, inline_custom: bool = False) -> Traced:
+    """Trace fn(params, *inputs) for these arguments."""
+    structures = []
+
+    def flat(*arrays: Any) -> list[Any]:
+        params, inputs = arguments.unflatten(list(arrays))
+        outs, tree = jax.tree.flatten(fn(params, *inputs))
+        structures.append(tree)
+        return outs
+
+    closed = jax.make_jaxpr(flat)(*arguments.arrays)
+    return Traced(normalize(closed, inline_custom), structures[-1])
+
+
+def output_paths(out_tree: Any) -> list[str]:
+    """A name for every output leaf, "output" for a single one."""
+    indices = jax.tree.unflatten(out_tree, list(range(out_tree.num_leaves)))
+    return [f"output{jax.tree_util.keystr(path)}" for path, _ in jax.tree_util.tree_flatten_with_path(indices)[0]]

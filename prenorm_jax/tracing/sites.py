@@ -1,0 +1,71 @@
+"""Where a program subtracts a mean: its LayerNorms, whatever they are called and however they are written.
+
+A site is a value x and axes A such that x - mean_A(x) is computed somewhere: found by following x as a polynomial (`shift`),
+so both variance forms, `rsqrt` or `sqrt` and divide, scaled sums and converted copies are one and the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from prenorm_jax.tracing.jaxprs import Axes, Body, Flow, is_float, is_var, scalar_value, shape_of, where
+from prenorm_jax.tracing.shift import Node, Shifts
+
+
+@dataclasses.dataclass(eq=False)
+class Site:
+    """One mean subtraction: x over `axes`, the equations that sum x, and the values that equal x - mean(x)."""
+
+    x: Any
+    axes: Axes
+    sums: list[Any]
+    centered: list[Node]
+    body: Body
+    where: str
+
+    @property
+    def width(self) -> int:
+        size = 1
+        for a in self.axes:
+            size *= shape_of(self.x)[a]
+        return size
+
+    @property
+    def removes(self) -> int:
+        """Reductions that converting it removes, each as often as it runs."""
+        return len(self.sums) * self.body.trips
+
+
+def find_sites(flow: Flow, shifts: Shifts) -> list[Site]:
+    """All mean subtractions of a program, in its order."""
+    sites: dict[Node, Site] = {}
+    for body in flow.bodies:
+        for eqn in body.jaxpr.eqns:
+            if eqn.primitive.name != "reduce_sum" or not is_var(eqn.invars[0]) or not is_float(eqn.outvars[0]):
+                continue
+            x, axes = _unscaled(flow, eqn.invars[0]), tuple(eqn.params["axes"])
+            if not axes or not is_float(x) or (x, axes) in sites or len(shape_of(x)) <= max(axes):
+                continue
+            found = shifts.explore(x, axes)
+            if found.sums and found.centered:
+                centered = [(v, axes) for v in found.centered]
+                first = flow.definer[found.centered[0]][0]
+                sites[x, axes] = Site(x, axes, found.sums, centered, body, where(first))
+    return sorted(sites.values(), key=lambda s: flow.order[id(s.sums[0])])
+
+
+def _unscaled(flow: Flow, var: Any) -> Any:
+    """The value that `var` is a converted or constantly scaled copy of."""
+    while var in flow.definer:
+        eqn, _ = flow.definer[var]
+        name, args = eqn.primitive.name, eqn.invars
+        if name == "convert_element_type" and is_float(args[0]) and is_var(args[0]):
+            var = args[0]
+        elif name in ("mul", "div") and scalar_value(args[1]) is not None and is_var(args[0]):
+            var = args[0]
+        elif name == "mul" and scalar_value(args[0]) is not None and is_var(args[1]):
+            var = args[1]
+        else:
+            break
+    return var

@@ -1,0 +1,294 @@
+"""What an experiment is: frozen records, and the strict reading of a plain nested dict into them.
+
+The dict is what a file in configs/ returns after `--config.any.field=value` flags. Whatever is impossible in it
+becomes a ConfigError whose message is one line: the field as one would write it on the command line, what was given,
+what is allowed.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Mapping
+
+from prenorm_jax.models.config import (
+    ConfigError,
+    GPTConfig,
+    Transformer,
+    ViTConfig,
+    gpt_config,
+    require,
+    require_one_of,
+    vit_config,
+)
+
+MODELS: dict[str, type[Transformer]] = {"image_classification": ViTConfig, "language_modelling": GPTConfig}
+TASKS = tuple(MODELS)
+COORDINATES = ("pre_ln", "native")
+
+# What a data set asks of the model that reads it: the task it serves, and model fields whose values it fixes.
+DATA_SETS: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
+    "digits": (("image_classification",), {"image_size": 8, "channels": 1, "classes": 10}),
+    "stdlib": (("language_modelling",), {"vocab_size": 256}),
+    "synthetic": (TASKS, {}),
+}
+
+
+# The types of fields, as messages call them.
+KINDS: dict[type, str] = {int: "an integer", float: "a number", bool: "True or False", str: "text"}
+
+
+def _require_numbers(record: object, section: str, at_least: dict[str, float]) -> None:
+    for field, least in at_least.items():
+        value = getattr(record, field)
+        require(math.isfinite(value) and value >= least, f"{section}.{field}", value, f"{least} or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where examples come from.
+
+    name: digits (scikit-learn's 8x8 scans), stdlib (the Python standard library as bytes), synthetic (noise, for timing).
+    seed: of the order of examples, of the augmentation and of the synthetic set.
+    augment: whether digits move by up to a pixel, and text windows start anywhere.
+    root: the folder of stdlib's .py files; empty means the running interpreter's own standard library.
+    examples: how many examples the synthetic set has.
+    threads: how many threads read ahead; they change no value and no order.
+    """
+
+    name: str = "synthetic"
+    seed: int = 0
+    augment: bool = True
+    root: str = ""
+    examples: int = 4096
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        require_one_of("data.name", self.name, tuple(DATA_SETS))
+        _require_numbers(self, "data", {"seed": 0, "examples": 8, "threads": 0})
+        require(self.seed < 2**32, "data.seed", self.seed, "less than 2**32")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW (Loshchilov & Hutter, 2019) behind clipping by global norm, on a linear warm-up and a cosine decay.
+
+    learning_rate is the peak; the cosine ends at learning_rate * final_fraction. clip_norm = 0 means no clipping.
+    """
+
+    learning_rate: float = 1e-3
+    final_fraction: float = 0.0
+    warmup_steps: int = 100
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_numbers(
+            self, "optimizer", {"learning_rate": 0, "warmup_steps": 0, "eps": 0, "weight_decay": 0, "clip_norm": 0}
+        )
+        require(0 <= self.final_fraction <= 1, "optimizer.final_fraction", self.final_fraction, "0 to 1")
+        for field in ("b1", "b2"):
+            value = getattr(self, field)
+            require(0 <= value < 1, f"optimizer.{field}", value, "0 or more and less than 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """The loop.
+
+    batch_size: examples of one optimizer step, whatever accumulate is.
+    accumulate: how many micro-batches, one after the other, a batch is split into.
+    coordinates: "pre_ln" trains the Pre-LN parameters and maps them inside the loss; "native" trains the variant's own.
+    log_every, eval_every, checkpoint_every: in steps; 0 for the latter two means after the last step alone.
+    eval_examples: held-out examples of one evaluation; 0 means all of them.
+    keep: how many checkpoints stay on disk.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    accumulate: int = 1
+    seed: int = 0
+    coordinates: str = "pre_ln"
+    label_smoothing: float = 0.0
+    log_every: int = 10
+    eval_every: int = 100
+    eval_batch_size: int = 64
+    eval_examples: int = 0
+    checkpoint_every: int = 200
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        least_one = ("steps", "batch_size", "accumulate", "log_every", "eval_batch_size", "keep")
+        least_zero = ("seed", "eval_every", "eval_examples", "checkpoint_every")
+        _require_numbers(self, "train", {**dict.fromkeys(least_one, 1), **dict.fromkeys(least_zero, 0)})
+        require_one_of("train.coordinates", self.coordinates, COORDINATES)
+        require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "0 or more, below 1")
+        require(
+            self.batch_size % self.accumulate == 0,
+            "train.accumulate",
+            self.accumulate,
+            f"a divisor of train.batch_size = {self.batch_size}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare:
+    """The comparison of the variants after a run: interleaved windows of timed steps, the same weights in each variant.
+
+    only: compare without training, with the weights of the workdir's checkpoint, or the initial ones where there is
+    none.
+    """
+
+    enabled: bool = True
+    only: bool = False
+    warmup_steps: int = 10
+    window_steps: int = 20
+    windows: int = 5
+
+    def __post_init__(self) -> None:
+        _require_numbers(self, "compare", {"warmup_steps": 1, "window_steps": 1, "windows": 1})
+        require(self.enabled or not self.only, "compare.only", self.only, "False where compare.enabled = False")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a run depends on. The class of `model` follows from `task`: ViTConfig or GPTConfig."""
+
+    task: str
+    model: ViTConfig | GPTConfig
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    compare: Compare = Compare()
+
+    def __post_init__(self) -> None:
+        require_one_of("task", self.task, TASKS)
+        tasks, fixed = DATA_SETS[self.data.name]
+        serving = ", ".join(name for name, (served, _) in DATA_SETS.items() if self.task in served)
+        require(self.task in tasks, "data.name", self.data.name, f"{serving} for config.task = {self.task}")
+        for field, value in fixed.items():
+            given = getattr(self.model, field)
+            require(given == value, f"model.{field}", given, f"{value} for config.data.name = {self.data.name}")
+        require(
+            self.optimizer.warmup_steps < self.train.steps,
+            "optimizer.warmup_steps",
+            self.optimizer.warmup_steps,
+            f"less than config.train.steps = {self.train.steps}",
+        )
+
+
+def default_experiment(task: str) -> Experiment:
+    """Where configs start: ViT-S/16 or GPT Small on synthetic data. Raises ConfigError for an unknown task."""
+    require_one_of("task", task, TASKS)
+    return Experiment(task=task, model=vit_config("S/16") if task == "image_classification" else gpt_config("small"))
+
+
+def as_tree(experiment: Experiment) -> dict[str, typing.Any]:
+    """The nested dict of plain values that `read_experiment` reads back into an equal experiment."""
+    return dataclasses.asdict(experiment)
+
+
+def read_experiment(tree: Mapping[str, object]) -> Experiment:
+    """Reads a nested dict, as configs/ return it. Raises ConfigError for what is unknown, ill-typed or impossible.
+
+    >>> tree = as_tree(default_experiment("language_modelling"))
+    >>> tree["model"]["heads"] = 5
+    >>> read_experiment(tree)
+    Traceback (most recent call last):
+    prenorm_jax.models.config.ConfigError: config.model.heads: got 5; allowed: a divisor of model.width = 768
+    """
+    try:
+        require_one_of("task", tree.get("task"), TASKS)
+        sections = {
+            "model": MODELS[str(tree["task"])],
+            "data": Data,
+            "optimizer": Optimizer,
+            "train": Train,
+            "compare": Compare,
+        }
+        for key in tree:
+            _require_known(key, key, ("task", *sections))
+        records = {name: _read_record(kind, name, tree.get(name, {})) for name, kind in sections.items()}
+        return Experiment(task=str(tree["task"]), **records)  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise ConfigError(f"config.{error}") from None
+
+
+def override(tree: dict[str, typing.Any], field: str, text: str, where: str = "config") -> None:
+    """Sets, in place, what `--config.<field>=<text>` says; `text` is read as the type of the value that stands there.
+
+    >>> tree = as_tree(default_experiment("language_modelling"))
+    >>> override(tree, "train.steps", "20")
+    >>> tree["train"]["steps"]
+    20
+
+    Raises: ConfigError for a field that is not there, and for a text that is not of its type.
+    """
+    name, _, rest = field.partition(".")
+    path = f"{where}.{name}"
+    _require_known(path, name, tuple(tree))
+    value = tree[name]
+    if isinstance(value, dict):
+        if not rest:
+            raise ConfigError(f"{path}: got {text!r}; allowed: its fields one by one: {', '.join(value)}")
+        override(value, rest, text, path)
+    elif rest:
+        raise ConfigError(f"{path}.{rest}: no such field; {path} is a value of its own")
+    else:
+        tree[name] = _parse(path, text, type(value))
+
+
+def _parse(field: str, text: str, kind: type) -> object:
+    if kind is bool:
+        words = {"true": True, "false": False, "1": True, "0": False}
+        require(text.lower() in words, field, text, KINDS[bool])
+        return words[text.lower()]
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"{field}: got {text!r}; allowed: {KINDS[kind]}") from None
+
+
+def differences(old: Mapping[str, object], new: Mapping[str, object], prefix: str = "config") -> list[str]:
+    """The fields in which two trees differ, each as "config.model.width: 64 -> 128"."""
+    lines: list[str] = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, f"{prefix}.{key}")
+        elif before != after:
+            lines.append(f"{prefix}.{key}: {before} -> {after}")
+    return lines
+
+
+def _read_record(kind: type, section: str, tree: object) -> object:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(
+            f"{section}: got {tree!r}; allowed: the fields of a section, such as config.{section}.x = ..."
+        )
+    types = typing.get_type_hints(kind)
+    for key in tree:
+        _require_known(f"{section}.{key}", key, tuple(types))
+    for field in dataclasses.fields(kind):
+        if field.name not in tree and field.default is dataclasses.MISSING:
+            raise ConfigError(f"{section}.{field.name}: missing; allowed: {KINDS[types[field.name]]}")
+    return kind(**{key: _read_value(f"{section}.{key}", value, types[key]) for key, value in tree.items()})
+
+
+def _require_known(field: str, key: str, known: tuple[str, ...]) -> None:
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ConfigError(f"{field}: no such field{hint}; allowed: {', '.join(known)}")
+
+
+def _read_value(field: str, value: object, kind: type) -> object:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    # bool is a subclass of int: True must not pass as a count.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{field}: got {value!r}; allowed: {KINDS[kind]}")
+    return value

@@ -1,0 +1,110 @@
+"""The step that trains, and the step that evaluates: pure functions of arrays, the same ones that are timed.
+
+Training in Pre-LN coordinates: with h = models.running, theta the trained parameters, L the loss of running parameters,
+    dL(h(theta)) / dtheta = (dh/dtheta)^T dL/dphi at phi = h(theta).
+So a step maps theta once, differentiates every micro-batch with respect to phi, and pulls the summed gradient back
+once: the cost of h does not depend on the batch, on its length or on how often it is split.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from prenorm_jax import models
+from prenorm_jax.models.config import GPTConfig, ViTConfig
+from prenorm_jax.training.tasks import Task, without_smoothing
+
+Params = Any
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a step changes. params: in the trained coordinates. step: how many were taken, () int32."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array
+
+
+def init_state(params: Params, tx: optax.GradientTransformation) -> State:
+    """The state before the first step."""
+    return State(params, tx.init(params), jnp.zeros((), jnp.int32))
+
+
+def make_train_step(
+    model: ViTConfig | GPTConfig,
+    task: Task,
+    tx: optax.GradientTransformation,
+    *,
+    coordinates: str = "pre_ln",
+    accumulate: int = 1,
+) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
+    """A jitted (state, batch) -> (state, metrics); the state is donated.
+
+    batch: "inputs" (B, ...), "targets" (B, ...), "weights" (B,) with B a multiple of `accumulate`. The loss is the
+    weighted mean over the batch whatever `accumulate` is. metrics: the task's values as weighted means, and
+    "grad_norm" before clipping, each ().
+    """
+
+    def weighted_values(running: Params, batch: dict[str, jax.Array], total: jax.Array) -> tuple[jax.Array, Metrics]:
+        logits, _ = models.apply(model, running, batch["inputs"])
+        shares = batch["weights"] / total
+        values = {name: (value * shares).sum() for name, value in task.judge(logits, batch["targets"]).items()}
+        return values["loss"], values
+
+    def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
+        running, pull_back = jax.vjp(lambda params: models.running(params, model, coordinates), state.params)
+        total = batch["weights"].sum()
+        gradient = jax.grad(weighted_values, has_aux=True)
+        if accumulate == 1:
+            running_grads, metrics = gradient(running, batch, total)
+        else:
+            running_grads, metrics = _sum_over_micro_batches(
+                lambda micro: gradient(running, micro, total), _split(batch, accumulate)
+            )
+        (grads,) = pull_back(running_grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(params, opt_state, state.step + 1), {**metrics, "grad_norm": optax.tree.norm(grads)}
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(model: ViTConfig | GPTConfig, task: Task) -> Callable[[Params, dict[str, jax.Array]], Metrics]:
+    """A jitted (running parameters, batch) -> sums over the batch, each ().
+
+    The sums are of the task's values without label smoothing, times the weights, and of the weights ("weight"). Running
+    parameters are what `models.running` returns: mapped once for a whole evaluation.
+    """
+    task = without_smoothing(task)
+
+    def eval_step(running: Params, batch: dict[str, jax.Array]) -> Metrics:
+        logits, _ = models.apply(model, running, batch["inputs"])
+        weights = batch["weights"]
+        values = task.judge(logits, batch["targets"])
+        return {**{name: (value * weights).sum() for name, value in values.items()}, "weight": weights.sum()}
+
+    return jax.jit(eval_step)
+
+
+def _split(batch: dict[str, jax.Array], accumulate: int) -> dict[str, jax.Array]:
+    return {key: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]) for key, x in batch.items()}
+
+
+def _sum_over_micro_batches(gradient: Callable[[Any], Any], micro_batches: dict[str, jax.Array]) -> Any:
+    """The sum of `gradient(micro)` over the leading axis, added in at least float32 and returned in its own dtypes."""
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    shapes = jax.eval_shape(gradient, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
+
+    def add(sums: Any, micro: dict[str, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, gradient(micro)), None
+
+    sums, _ = jax.lax.scan(add, zeros, micro_batches)
+    return jax.tree.map(lambda total, x: total.astype(x.dtype), sums, shapes)

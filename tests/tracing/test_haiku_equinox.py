@@ -1,0 +1,85 @@
+"""Haiku and Equinox models. These two packages are needed by this file alone."""
+
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+D, V = 8, 11
+
+
+def tokens(b=2, n=4):
+    return jnp.arange(b * n).reshape(b, n) % V
+
+
+def haiku_gpt(tokens):
+    table = hk.Embed(V, D, name="embed")
+    x = table(tokens) + hk.get_parameter("position", [1, 16, D], init=hk.initializers.RandomNormal())[:, : tokens.shape[1]]
+    for k in range(2):
+        h = hk.LayerNorm(-1, True, True, name=f"ln1_{k}")(x)
+        mask = jnp.tril(jnp.ones((1, 1, tokens.shape[1], tokens.shape[1])))
+        attention = hk.MultiHeadAttention(2, D // 2, w_init=hk.initializers.VarianceScaling(), model_size=D, name=f"attn_{k}")
+        x = x + attention(h, h, h, mask)
+        h = hk.LayerNorm(-1, True, False, name=f"ln2_{k}")(x)
+        x = x + hk.Linear(D)(jax.nn.gelu(hk.Linear(2 * D)(h)))
+    return hk.Linear(V)(hk.LayerNorm(-1, True, True, name="final")(x))
+
+
+def test_haiku_gpt(check):
+    model = hk.without_apply_rng(hk.transform(haiku_gpt))
+    with jax.numpy_rank_promotion("allow"):
+        params = model.init(jax.random.key(0), tokens())
+        check(model.apply, params, tokens(), sites=5, others=[(tokens(3, 5),)])
+
+
+class Block(eqx.Module):
+    ln1: eqx.nn.LayerNorm
+    ln2: eqx.nn.LayerNorm
+    attn: eqx.nn.MultiheadAttention
+    mlp: eqx.nn.MLP
+
+    def __init__(self, key):
+        self.ln1, self.ln2 = eqx.nn.LayerNorm(D), eqx.nn.LayerNorm(D, use_bias=False)
+        self.attn = eqx.nn.MultiheadAttention(2, D, use_output_bias=True, key=key)
+        self.mlp = eqx.nn.MLP(D, D, 2 * D, 1, jax.nn.gelu, key=key)
+
+    def __call__(self, x):
+        h = jax.vmap(self.ln1)(x)
+        x = x + self.attn(h, h, h)
+        return x + jax.vmap(self.mlp)(jax.vmap(self.ln2)(x))
+
+
+class GPT(eqx.Module):
+    embed: eqx.nn.Embedding
+    position: jax.Array
+    blocks: list
+    final: eqx.nn.LayerNorm
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        self.embed, self.position = eqx.nn.Embedding(V, D, key=key), jax.random.normal(key, (16, D))
+        self.blocks = [Block(k) for k in jax.random.split(key, 2)]
+        self.final, self.head = eqx.nn.LayerNorm(D), eqx.nn.Linear(D, V, key=key)
+
+    def __call__(self, tokens):
+        x = jax.vmap(self.embed)(tokens) + self.position[: tokens.shape[0]]
+        for block in self.blocks:
+            x = block(x)
+        return jax.vmap(self.head)(jax.vmap(self.final)(x))
+
+
+def test_equinox_gpt(check):
+    params, static = eqx.partition(GPT(jax.random.key(0)), eqx.is_inexact_array)
+    fn = lambda p, t: jax.vmap(eqx.combine(p, static))(t)  # noqa: E731
+    check(fn, params, tokens(), sites=5, others=[(tokens(3, 5),)])
+
+
+def test_a_whole_equinox_module_as_parameters(check):
+    """Functions and numbers among the leaves are part of the program."""
+    from prenorm_jax.tracing import convert
+
+    model = GPT(jax.random.key(0))
+    out = convert(lambda m, t: jax.vmap(m)(t), model, tokens())
+    assert out.report.converted == 5
+    assert isinstance(out.params, GPT)
+    assert jnp.allclose(jax.vmap(model)(tokens()), out.fn(out.params, tokens()))

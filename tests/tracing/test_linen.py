@@ -1,0 +1,250 @@
+"""Flax Linen models: tied and untied GPT, ViT, parallel blocks, encoder-decoder, scan, remat, bf16, dropout, MoE."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+D, V = 8, 11
+
+
+class Block(nn.Module):
+    dtype: jnp.dtype = jnp.float64
+    fast: bool = True
+    dropout: float = 0.0
+    parallel: bool = False
+    layer_scale: bool = False
+
+    @nn.compact
+    def __call__(self, x, mask=None, memory=None):
+        def norm(name):
+            return nn.LayerNorm(use_fast_variance=self.fast, dtype=self.dtype, name=name)
+
+        def attend(name, h, kv=None):
+            return nn.MultiHeadDotProductAttention(2, dtype=self.dtype, name=name)(h, kv, mask=mask if kv is None else None)
+
+        def mlp(h):
+            return nn.Dense(D, dtype=self.dtype)(nn.gelu(nn.Dense(2 * D, dtype=self.dtype)(h)))
+
+        def out(name, y):
+            if self.layer_scale:
+                y = y * self.param(name, nn.initializers.ones, (1, 1, D)).astype(y.dtype)
+            return nn.Dropout(self.dropout, deterministic=self.dropout == 0)(y)
+
+        h = norm("ln1")(x)
+        if self.parallel:
+            return x + out("ls1", attend("attn", h)) + out("ls2", mlp(h))
+        x = x + out("ls1", attend("attn", h))
+        if memory is not None:
+            x = x + attend("cross", norm("ln3")(x), memory)
+        return x + out("ls2", mlp(norm("ln2")(x)))
+
+
+class GPT(nn.Module):
+    layers: int = 2
+    tied: bool = False
+    block: dict = None
+    remat: bool = False
+    scan: bool = False
+    embed_norm: bool = False
+    embed_dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float64
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(V, D, dtype=self.dtype)
+        position = self.param("position", nn.initializers.normal(1.0), (16, D))
+        x = embed(tokens) + position[None, : tokens.shape[1]].astype(self.dtype)
+        if self.embed_norm:
+            x = nn.LayerNorm(name="embed_norm")(x)
+        x = nn.Dropout(self.embed_dropout, deterministic=self.embed_dropout == 0)(x)
+        mask = nn.make_causal_mask(tokens)
+        options = {"dtype": self.dtype, **(self.block or {})}
+        cls = nn.remat(Block) if self.remat else Block
+        if self.scan:
+            body = nn.scan(
+                lambda m, x, _: (m(x, mask), None), variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
+                length=self.layers,
+            )
+            x, _ = body(cls(**options, name="blocks"), x, None)
+        else:
+            for k in range(self.layers):
+                x = cls(**options, name=f"block{k}")(x, mask)
+        x = nn.LayerNorm(name="final", dtype=self.dtype)(x)
+        return embed.attend(x) if self.tied else nn.Dense(V, use_bias=False, dtype=self.dtype)(x)
+
+
+def tokens(b=2, n=4):
+    return jnp.arange(b * n).reshape(b, n) % V
+
+
+def build(model, *args, **kw):
+    return jax.jit(model.init)({"params": jax.random.key(0), "dropout": jax.random.key(1)}, *args, **kw)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_gpt(check, fast):
+    model = GPT(block={"fast": fast})
+    out = check(model.apply, build(model, tokens()), tokens(), sites=5, others=[(tokens(3, 6),)])
+    assert out.report.reductions_before == 10 and out.report.reductions_after == 5
+    assert any("block1" in s.where for s in out.report.sites)
+
+
+def test_tied_gpt_recenters_what_is_looked_up(check):
+    model = GPT(tied=True)
+    out = check(model.apply, build(model, tokens()), tokens(), sites=5, added=1, others=[(tokens(1, 3),)])
+    assert not any("embedding" in path for path, _ in out.report.leaves)
+
+
+def test_norm_behind_the_embedding(check):
+    model = GPT(embed_norm=True)
+    check(model.apply, build(model, tokens()), tokens(), sites=6, added=1)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scan_over_layers_is_not_unrolled(check, remat):
+    model = GPT(layers=3, scan=True, remat=remat)
+    out = check(model.apply, build(model, tokens()), tokens(), sites=3)
+    assert [s.trips for s in out.report.sites] == [3, 3, 1]
+    assert out.report.reductions_before == 14 and out.report.reductions_after == 7
+    eqns = jax.make_jaxpr(out.fn)(out.params, tokens())
+    assert str(eqns).count("scan[") == 1
+    assert ("remat" in str(eqns) or "checkpoint" in str(eqns)) == remat
+
+
+def test_remat(check):
+    model = GPT(remat=True)
+    check(model.apply, build(model, tokens()), tokens(), sites=5)
+
+
+def test_parallel_blocks(check):
+    model = GPT(block={"parallel": True})
+    check(model.apply, build(model, tokens()), tokens(), sites=3)
+
+
+def test_bf16_compute_is_judged_in_float64(check):
+    model = GPT(dtype=jnp.bfloat16)
+    out = check(model.apply, build(model, tokens()), tokens(), sites=5, tol=0.05, grads=False)
+    assert out.report.error <= 1e-10
+
+
+def test_dropout_in_training(check):
+    model = GPT(block={"dropout": 0.4})
+    fn = lambda p, t, key: model.apply(p, t, rngs={"dropout": key})  # noqa: E731
+    check(fn, build(model, tokens()), tokens(), jax.random.key(3), sites=5, added=4)
+
+
+def test_dropout_everywhere_does_not_pay(check):
+    model = GPT(block={"dropout": 0.4}, embed_dropout=0.3)
+    fn = lambda p, t, key: model.apply(p, t, rngs={"dropout": key})  # noqa: E731
+    out = check(fn, build(model, tokens()), tokens(), jax.random.key(3), sites=0, kept=5, partial=True)
+    assert all("does not pay" in s.reason for s in out.report.sites)
+    check(fn, build(model, tokens()), tokens(), jax.random.key(3), sites=5, added=5, activations="always")
+
+
+def sincos(n, d):
+    angle = np.arange(n)[:, None] / 100.0 ** (np.arange(d // 2)[None] / d)
+    return np.concatenate([np.sin(angle), np.cos(angle)], -1)
+
+
+class ViT(nn.Module):
+    pool: str = "class"
+    layer_scale: bool = False
+    sincos: bool = False
+    registers: int = 0
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.Conv(D, (2, 2), strides=(2, 2), padding="VALID", name="patch")(images)
+        x = x.reshape(x.shape[0], -1, D)
+        n = x.shape[1]
+        position = jnp.asarray(sincos(n, D)) if self.sincos else self.param("pos", nn.initializers.normal(1.0), (1, n, D))[0]
+        x = x + position[None]
+        extra = [self.param("cls", nn.initializers.normal(1.0), (1, 1, D))] if self.pool == "class" else []
+        if self.registers:
+            extra.append(self.param("reg", nn.initializers.normal(1.0), (1, self.registers, D)))
+        x = jnp.concatenate([*(jnp.tile(e, (x.shape[0], 1, 1)) for e in extra), x], 1)
+        for k in range(2):
+            x = Block(layer_scale=self.layer_scale, name=f"block{k}")(x)
+        if self.pool == "mean":
+            x = x.mean(1)
+        elif self.pool == "class":
+            x = x[:, 0]
+        return nn.Dense(5)(nn.LayerNorm(name="norm")(x))
+
+
+def images(b=2, s=4):
+    return jnp.asarray(np.random.default_rng(0).standard_normal((b, s, s, 3)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"pool": "mean"}, {"registers": 3}, {"sincos": True, "pool": "mean"}],
+    ids=["class", "mean", "registers", "sincos"],
+)
+def test_vit(check, options):
+    model = ViT(**options)
+    check(model.apply, build(model, images()), images(), sites=5, others=[(images(3),)])
+
+
+def test_vit_with_layer_scale_recenters_branches(check):
+    """diag(lambda) W is no longer zero-mean when W is: each branch's end is recentered, which pays by one."""
+    model = ViT(layer_scale=True)
+    check(model.apply, build(model, images()), images(), sites=5, added=4)
+
+
+class EncoderDecoder(nn.Module):
+    @nn.compact
+    def __call__(self, source, target):
+        embed = nn.Embed(V, D, name="embed")
+        x = embed(source)
+        for k in range(2):
+            x = Block(name=f"enc{k}")(x)
+        memory = nn.LayerNorm(name="enc_norm")(x)
+        y = embed(target)
+        mask = nn.make_causal_mask(target)
+        for k in range(2):
+            y = Block(name=f"dec{k}")(y, mask, memory)
+        return nn.Dense(V)(nn.LayerNorm(name="dec_norm")(y))
+
+
+def test_encoder_decoder(check):
+    model = EncoderDecoder()
+    check(model.apply, build(model, tokens(), tokens(2, 5)), tokens(), tokens(2, 5), sites=12)
+
+
+class MoE(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(V, D)(tokens)
+        for _ in range(2):
+            h = nn.LayerNorm()(x)
+            gates = jax.nn.softmax(nn.Dense(3)(h))
+            up = self.param(f"up{_}", nn.initializers.normal(1.0), (3, D, 2 * D))
+            down = self.param(f"down{_}", nn.initializers.normal(1.0), (3, 2 * D, D))
+            top, index = jax.lax.top_k(gates, 2)
+            chosen = jax.nn.one_hot(index, 3, dtype=x.dtype)
+            mixed = jnp.einsum("blke,blk->ble", chosen, top)
+            y = jnp.einsum("bleh,ehd->bled", nn.silu(jnp.einsum("bld,edh->bleh", h, up)), down)
+            x = x + jnp.einsum("bled,ble->bld", y, mixed)
+        return nn.Dense(V)(nn.LayerNorm()(x))
+
+
+def test_mixture_of_experts(check):
+    model = MoE()
+    check(model.apply, build(model, tokens()), tokens(), sites=3)
+
+
+def test_post_ln_is_kept(check):
+    class PostLN(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            x = nn.Embed(V, D)(tokens)
+            for _ in range(2):
+                x = nn.LayerNorm()(x + nn.Dense(D)(nn.relu(nn.Dense(2 * D)(x))))
+            return nn.Dense(V)(x)
+
+    model = PostLN()
+    out = check(model.apply, build(model, tokens()), tokens(), sites=0, kept=2, partial=True)
+    assert all("does not pay" in s.reason for s in out.report.sites)

@@ -1,0 +1,139 @@
+"""Checkpoints: what is saved comes back, in its chart, and another model's workdir is refused untouched."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from prenorm_jax import models
+from prenorm_jax.models.config import ConfigError
+from prenorm_jax.training import checkpoints, data
+from prenorm_jax.training.optimizer import make_optimizer
+from prenorm_jax.training.step import init_state
+
+
+def assert_same(a, b) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def saved(workdir: pathlib.Path, experiment, step: int = 5):
+    """Saves a state after `step` steps, all of its leaves different from initial ones; returns it with the batches to come."""
+    settings = experiment.train
+    tx = make_optimizer(experiment.optimizer, settings.steps)
+    state = init_state(models.init(experiment.model, settings.seed, settings.coordinates), tx)
+    state = jax.tree.map(lambda x: x + 1 if x.ndim else jnp.full_like(x, step), state)
+    batches = data.train_batches(data.load(experiment).train, experiment.data, settings.batch_size)
+    for _ in range(step):
+        next(batches)
+    with checkpoints.Checkpoints(workdir, experiment) as manager:
+        manager.save(state, batches)
+    return state, batches, tx
+
+
+@pytest.mark.parametrize("coordinates", ["pre_ln", "native"])
+def test_a_state_and_its_place_in_the_data_come_back(tmp_path, coordinates):
+    experiment = small.experiment(tmp_path / "library", coordinates=coordinates)
+    experiment = dataclasses.replace(experiment, model=dataclasses.replace(small.MODEL, norm="pre_crmsnorm"))
+    state, batches, tx = saved(tmp_path / "run", experiment)
+    initial = init_state(models.init(experiment.model, 7, coordinates), tx)
+    again = data.train_batches(data.load(experiment).train, experiment.data, experiment.train.batch_size)
+    with checkpoints.Checkpoints(tmp_path / "run", experiment) as manager:
+        restored = manager.restore(initial, again)
+    assert_same(restored, state)
+    np.testing.assert_array_equal(next(again)["inputs"], next(batches)["inputs"])
+
+    loaded = checkpoints.load(tmp_path / "run")
+    assert loaded.experiment == experiment
+    assert (loaded.coordinates, loaded.step) == (coordinates, 5)
+    assert_same(loaded.params, state.params)
+
+
+def test_a_stamp_says_which_chart(tmp_path):
+    experiment = small.experiment(tmp_path / "library")
+    native = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, coordinates="native"))
+    compressed = dataclasses.replace(native, model=dataclasses.replace(native.model, norm="pre_crmsnorm"))
+    charts = [checkpoints.stamp(e)["chart"] for e in (experiment, native, compressed)]
+    assert charts == ["pre_ln", "pre_rmsnorm", "pre_crmsnorm, reflect, compact"]
+
+
+def files(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory):
+    root = tmp_path_factory.mktemp("saved")
+    experiment = small.experiment(root / "library")
+    saved(root / "run", experiment)
+    return experiment, root / "run"
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "difference"),
+    [
+        ({"width": 32}, {}, "config.model.width: 16 -> 32"),
+        ({"norm": "pre_ln"}, {}, "config.model.norm: pre_rmsnorm -> pre_ln"),
+        ({"depth": 2, "heads": 4}, {}, "config.model.depth: 1 -> 2; config.model.heads: 2 -> 4"),
+        ({}, {"coordinates": "native"}, "config.train.coordinates: pre_ln -> native"),
+    ],
+)
+def test_another_model_is_refused_in_one_line_and_nothing_is_written(workdir, model, train, difference):
+    experiment, folder = workdir
+    other = dataclasses.replace(
+        experiment,
+        model=dataclasses.replace(experiment.model, **model),
+        train=dataclasses.replace(experiment.train, **train),
+    )
+    before = files(folder)
+    with pytest.raises(ConfigError) as error:
+        checkpoints.refuse_other_model(folder, other)
+    assert f"holds a checkpoint of another model ({difference}); allowed: the same model" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert files(folder) == before
+
+
+def test_what_may_change_is_listed(workdir):
+    experiment, folder = workdir
+    assert checkpoints.refuse_other_model(folder, experiment) == []
+    longer = dataclasses.replace(
+        experiment,
+        model=dataclasses.replace(experiment.model, remat=True),
+        train=dataclasses.replace(experiment.train, steps=20),
+    )
+    changed = checkpoints.refuse_other_model(folder, longer)
+    assert changed == ["config.model.remat: False -> True", "config.train.steps: 12 -> 20"]
+
+
+def test_an_empty_workdir_has_no_checkpoint(tmp_path):
+    assert checkpoints.latest(tmp_path) is None
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        checkpoints.load(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_save_left_behind_is_no_checkpoint(workdir):
+    experiment, folder = workdir
+    half = checkpoints.folder(folder) / "9.orbax-checkpoint-tmp"
+    half.mkdir()
+    (half / "junk").write_text("half")
+    found = checkpoints.latest(folder)
+    assert found is not None
+    assert found[0] == 5
+    with checkpoints.Checkpoints(folder, experiment):
+        pass
+    assert not half.exists()
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    experiment = small.experiment(tmp_path / "library", keep=2)
+    for step in (1, 2, 3):
+        saved(tmp_path / "run", experiment, step)
+    kept = sorted(int(path.name) for path in checkpoints.folder(tmp_path / "run").iterdir())
+    assert kept == [2, 3]

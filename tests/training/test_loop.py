@@ -1,0 +1,129 @@
+"""The loop in one process: what it writes, what it says, what it refuses. Kills and resumes are in test_resume.py."""
+
+import dataclasses
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+import rich.console
+import small
+from PIL import Image
+
+from prenorm_jax import models
+from prenorm_jax.models.config import ConfigError
+from prenorm_jax.training import checkpoints, data, loop, metrics
+from prenorm_jax.training.tasks import task_of
+
+
+def train(experiment, workdir):
+    console = rich.console.Console(file=io.StringIO(), width=200)
+    params = loop.train(experiment, workdir, console)
+    return params, console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory):
+    root = tmp_path_factory.mktemp("run")
+    experiment = small.experiment(root / "library")
+    return experiment, root / "run", *train(experiment, root / "run")
+
+
+def test_rows_are_those_that_the_settings_ask_for(run):
+    experiment, workdir, *_ = run
+    rows = metrics.read(workdir)
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 13))
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == [4, 8, 12]
+    names = {"loss", "grad_norm", "learning_rate", "step_seconds", "tokens_per_second"}
+    assert all(names <= row.keys() for row in rows if row["kind"] == "train")
+    assert rows[0]["learning_rate"] == pytest.approx(experiment.optimizer.learning_rate / 3)
+    assert rows[-1].keys() == {"kind", "step", "loss", "perplexity", "bits_per_byte"}
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+
+
+def test_the_workdir_holds_what_the_docstring_says(run):
+    _, workdir, params, _ = run
+    assert {path.name for path in workdir.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "loss.png",
+        "metrics.jsonl",
+        "tensorboard",
+    }
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 12
+    with Image.open(workdir / "loss.png") as picture:
+        assert picture.size[0] > 500
+    loaded = checkpoints.load(workdir)
+    assert loaded.step == 12
+    for kept, returned in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(kept, returned)
+
+
+def test_plain_lines_where_there_is_no_terminal(run):
+    *_, output = run
+    lines = output.splitlines()
+    assert lines[0].startswith("stdlib: ")
+    assert "parameters in pre_ln coordinates" in lines[0]
+    assert any(line.startswith("step 7/12") and "loss" in line and "tokens_per_second" in line for line in lines)
+    assert lines[-1].startswith("step 12/12  held out: loss")
+
+
+def test_evaluation_is_the_mean_over_held_out_examples(run):
+    experiment, _, params, _ = run
+    experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, eval_examples=0))
+    held_out = data.load(experiment).held_out
+    running = models.running(params, experiment.model)
+    found = loop.evaluate(experiment, held_out, running)
+    examples = [held_out.example(i, None) for i in range(len(held_out))]
+    inputs, targets = (np.stack([example[key] for example in examples]) for key in ("inputs", "targets"))
+    logits, _ = jax.jit(lambda running, inputs: models.apply(experiment.model, running, inputs))(running, inputs)
+    expected = float(task_of(experiment).judge(logits, targets)["loss"].mean())
+    assert found["loss"] == pytest.approx(expected, rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(expected / np.log(2), rel=1e-5)
+
+
+def test_a_finished_run_is_said_to_be_finished_and_trains_no_further(run):
+    experiment, workdir, params, _ = run
+    rows = metrics.read(workdir)
+    again, output = train(experiment, workdir)
+    assert "holds a finished run (12 steps)" in output
+    assert metrics.read(workdir) == rows
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_rows_beyond_the_restored_step_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"kind": "train", "step": step, "loss": 1.0} for step in range(1, 8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tr')
+    assert metrics.read(tmp_path) == rows
+    with metrics.Metrics(tmp_path, 5) as written:
+        written.write("train", 6, {"loss": 2.0})
+    assert metrics.read(tmp_path) == [*rows[:5], {"kind": "train", "step": 6, "loss": 2.0}]
+    assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
+
+
+def test_the_control_without_norms_is_not_trained(run, tmp_path):
+    experiment, *_ = run
+    control = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, norm="no_norm"))
+    with pytest.raises(ConfigError, match=r"config\.model\.norm: got 'no_norm'"):
+        train(control, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_names_its_step(run, tmp_path):
+    experiment, *_ = run
+    exploding = dataclasses.replace(
+        experiment, optimizer=dataclasses.replace(experiment.optimizer, learning_rate=1e30, clip_norm=0.0)
+    )
+    with pytest.raises(FloatingPointError, match=r"the loss of step \d+ is (nan|inf)"):
+        train(exploding, tmp_path / "run")
+
+
+def test_unreadable_data_leaves_nothing_behind(run, tmp_path):
+    experiment, *_ = run
+    lost = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, root=str(tmp_path / "nowhere")))
+    with pytest.raises(data.DataError, match="nowhere"):
+        train(lost, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
