@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from absl import logging
-from ml_collections import ConfigDict
 
 from prenorm_jax import models
 from prenorm_jax.models.config import ConfigError
@@ -22,57 +21,50 @@ from prenorm_jax.training.experiment import Experiment, override, read_experimen
 
 
 class Flags(argparse.ArgumentParser):
-    """Flags whose errors are one line, like those of the config's fields."""
-
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
 def read_flags(argv: Sequence[str]) -> tuple[Experiment, pathlib.Path]:
     """The experiment and the workdir that the command line asks for. Raises ConfigError."""
-    flags = Flags(usage=__doc__, allow_abbrev=False)
-    flags.add_argument("--config", required=True, help="a file with get_config(arg), then :arg where it takes one")
+    flags = Flags(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flags.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a Python file with get_config(arg)")
     flags.add_argument("--workdir", type=pathlib.Path, help="default: runs/ and the config's name and arg")
     given, fields = flags.parse_known_args(argv)
     path, _, arg = given.config.partition(":")
-    tree = load_config(path, arg).to_dict()
-    for field in fields:
-        match = re.fullmatch(r"--config\.([\w.]+)=(.*)", field, re.DOTALL)
-        if not match:
-            raise ConfigError(
-                f"{field}: no such flag; allowed: --config=FILE[:arg], --workdir=DIR, --config.FIELD=VALUE"
-            )
-        override(tree, *match.groups())
-    name = re.sub(r"[^\w.]+", "-", pathlib.Path(path).stem + (f":{arg}" if arg else ""))
-    return read_experiment(tree), given.workdir or pathlib.Path("runs", name)
-
-
-def load_config(path: str, arg: str) -> ConfigDict:
-    """What the file's get_config(arg) returns. Raises ConfigError."""
     if not pathlib.Path(path).is_file():
         raise ConfigError(f"--config: got {path!r}; allowed: an existing Python file")
     spec: Any = importlib.util.spec_from_file_location("config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(arg)
+    tree = module.get_config(arg).to_dict()
+    for field in fields:
+        if not (parts := re.fullmatch(r"--config\.([\w.]+)=(.*)", field, re.DOTALL)):
+            raise ConfigError(
+                f"{field}: no such flag; allowed: --config=FILE[:ARG], --workdir=DIR, --config.FIELD=VALUE"
+            )
+        override(tree, *parts.groups())
+    name = re.sub(r"[^\w.]+", "-", f"{pathlib.Path(path).stem} {arg}".strip())
+    return read_experiment(tree), given.workdir or pathlib.Path("runs", name)
 
 
 def run(experiment: Experiment, workdir: pathlib.Path) -> None:
     """Trains unless compare.only, compares unless compare.enabled is False."""
     if not experiment.compare.only:
         params = loop.train(experiment, workdir)
-    elif checkpoints.refuse_other_model(workdir, experiment) or checkpoints.latest(workdir):
+    elif checkpoints.latest(workdir):
+        checkpoints.refuse_other_model(workdir, experiment)
         params = checkpoints.load(workdir).params
     else:
         params = models.init(experiment.model, experiment.train.seed, experiment.train.coordinates)
     if experiment.compare.enabled:
-        from prenorm_jax import measure
+        from prenorm_jax import measure  # matplotlib and all; a run without a comparison does without
 
         measure.compare_variants(experiment, params, workdir)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0, or 2 for what can't be (one line on stderr), 1 for a run that failed, 130 for one interrupted."""
+    """Exit status: 0; 2 for what can't be, 1 for a run that failed, 130 for an interrupted one, each in a line on stderr."""
     logging.set_verbosity(logging.ERROR)
     try:
         run(*read_flags(argv))
@@ -80,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
-        print("train.py: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print("train.py: interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -13,16 +13,12 @@ from typing import Any, Callable
 
 import jax
 
-from prenorm_jax.tracing.jaxprs import Axes, Program
-from prenorm_jax.tracing.plan import POLICIES, Plan, make_plan
+from prenorm_jax.tracing.decision import ConversionError, Decision, decide
+from prenorm_jax.tracing.jaxprs import Program
+from prenorm_jax.tracing.plan import POLICIES
 from prenorm_jax.tracing.report import Report, report_of
-from prenorm_jax.tracing.rewrite import recentered, rewrite
 from prenorm_jax.tracing.signature import Arguments, Traced, output_paths, trace_program
 from prenorm_jax.tracing.verify import TOLERANCE, difference
-
-
-class ConversionError(ValueError):
-    """Nothing could be converted, or the result differs from the original; the message says what and where."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +29,14 @@ class Converted:
       fn: takes what the original took, also at other shapes; jittable, differentiable, vmappable.
       params: the recentered parameters, in the structure they came in.
       report: what was done, and why not where it was not.
+      prepare: what was done to the parameters, as a function of them: `params == prepare(original)`. It is differentiable, so that
+        fn(prepare(theta), ...) can be trained in theta, with the original's gradients.
     """
 
     fn: Callable[..., Any]
     params: Any
     report: Report
+    prepare: Callable[[Any], Any]
 
 
 def convert(
@@ -89,62 +88,20 @@ def convert(
         raise ValueError("verification needs arrays with values; pass verify=False to convert under jit or from shapes alone")
     traced = trace_program(fn, arguments, inline_custom)
     floats = [k for k in range(arguments.n_params) if arguments.is_float(k)]
-    plan = make_plan(traced.program, floats, activations=activations)
-    decision, program = _decision(plan, arguments, activations), rewrite(plan)
-    report = report_of(plan, program, arguments.paths, decision.leaves)
+    decision, plan, program = decide(traced.program, arguments.paths, floats, activations, fold)
+    report = report_of(plan, program, decision)
     if not report.converted and not partial:
         raise ConversionError(f"no LayerNorm was converted; partial=True accepts that\n{report}")
     if verify:
         report = dataclasses.replace(report, error=_verified(traced, program, arguments, decision))
-    new_params, _ = arguments.unflatten(decision.prepared(arguments.arrays))
     run = _ConvertedFn(fn, decision, inline_custom)
     run.remember(arguments, traced, program)
-    return Converted(run, new_params, report)
 
+    def prepare(params: Any) -> Any:
+        arguments = Arguments.of(params, ())
+        return arguments.unflatten(decision.prepared(arguments.arrays))[0]
 
-@dataclasses.dataclass(frozen=True)
-class Decision:
-    """What was decided about the parameters; it holds for every shape that the converted function is traced for.
-
-    `leaves` are (position among the arrays, axes, path) of the leaves that have zero mean from now on.
-    """
-
-    leaves: tuple[tuple[int, Axes, str], ...]
-    activations: str
-
-    def prepared(self, arrays: list[Any]) -> list[Any]:
-        """The arguments with the parameters converted."""
-        arrays = list(arrays)
-        for position, axes, _ in self.leaves:
-            arrays[position] = recentered_leaf(arrays[position], axes)
-        return arrays
-
-    def rewritten(self, program: Program) -> Program:
-        """The program for parameters so converted.
-
-        Raises: ConversionError where a leaf's mean matters to this program, though it did not to the one decided upon.
-        """
-        given = [(position, axes) for position, axes, _ in self.leaves]
-        plan = make_plan(program, (), given, self.activations)
-        invars = plan.flow.main.jaxpr.invars
-        for position, axes, path in self.leaves:
-            if not plan.shifts.may_shift(invars[position], axes):
-                reason = plan.shifts.why_not(invars[position], axes)
-                raise ConversionError(f"{path}: recentered at conversion, but its mean matters for these inputs: {reason}")
-        return rewrite(plan)
-
-
-def _decision(plan: Plan, arguments: Arguments, activations: str) -> Decision:
-    positions = {var: k for k, var in enumerate(plan.flow.main.jaxpr.invars)}
-    found = sorted((positions[m.atom], m.axes) for m in plan.leaves())
-    return Decision(tuple((k, axes, arguments.paths[k]) for k, axes in found), activations)
-
-
-def recentered_leaf(leaf: Any, axes: Axes) -> Any:
-    """A parameter minus its mean over `axes`; twice, since rounding leaves a mean of its own the first time."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
-    return recentered(recentered(leaf, axes), axes)
+    return Converted(run, prepare(params), report, prepare)
 
 
 def _verified(traced: Traced, program: Program, arguments: Arguments, decision: Decision) -> float:

@@ -35,6 +35,15 @@ class Plan:
     def zeros(self) -> list[Any]:
         return [eqn for site in self.sites if self.converted[site] for eqn in site.sums]
 
+    def roots(self, sites: Iterable[Site] | None = None) -> list[Need]:
+        """What has to be zero-mean for these sites (all of them)."""
+        return [Need(e.invars[0], tuple(e.params["axes"])) for s in (sites or self.sites) for e in s.sums]
+
+    @property
+    def balance(self) -> tuple[int, int]:
+        """(sites converted, minus the reductions added): what a better plan has more of."""
+        return sum(self.converted.values()), -sum(m.trips for m in self.made)
+
     def leaves(self) -> list[Recentering]:
         return [m for m in self.made if m.kind == "leaf"]
 
@@ -58,7 +67,7 @@ def make_plan(
     zero_mean = ZeroMean(flow, shifts, [invars[k] for k in leaves], [(invars[k], axes) for k, axes in given], centered)
     plan = Plan(flow, shifts, zero_mean, sites, dict.fromkeys(sites, False), {}, [])
     candidates = [site for site in sites if _may(plan, site)]
-    roots = {site: [Need(e.invars[0], tuple(e.params["axes"])) for e in site.sums] for site in candidates}
+    roots = {site: plan.roots([site]) for site in candidates}
     allowed = (lambda r: r.trips == 0) if activations == "never" else (lambda r: True)
     wanted: dict[Site, list[Recentering]] = {}
     for site, recenterings in zip(candidates, zero_mean.spend([roots[s] for s in candidates], allowed), strict=True):

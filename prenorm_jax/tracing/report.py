@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Sequence
+from typing import Any
 
-from prenorm_jax.tracing.jaxprs import Axes, Flow, Program, is_var, shape_of, where
+from prenorm_jax.tracing.decision import Decision
+from prenorm_jax.tracing.jaxprs import Flow, Program, is_var, shape_of, where
 from prenorm_jax.tracing.plan import Plan
 from prenorm_jax.tracing.rules import rule_for
 
@@ -40,6 +41,7 @@ class Report:
       leaves: (path, axis) of every leaf that was recentered; negative axes.
       activations: where activations are recentered as the program runs.
       reductions_before, reductions_after: sums over the axes of a site's width, each as often as it runs.
+      absorbed: paths of the vectors (LayerScale) that were moved into the writers before these were recentered.
       folded: paths of the scales and biases that were folded into their readers.
       unknown: primitives without a rule that a decision met.
       error: largest relative difference in float64 that verification saw; None if it did not run.
@@ -50,6 +52,7 @@ class Report:
     activations: tuple[str, ...]
     reductions_before: int
     reductions_after: int
+    absorbed: tuple[str, ...] = ()
     folded: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
     error: float | None = None
@@ -68,6 +71,7 @@ class Report:
         for path, axes in self.leaves:
             lines.append(f"recentered leaf        {path} along {axes[0] if len(axes) == 1 else axes}")
         lines += [f"recentered activation  {a}" for a in self.activations]
+        lines += [f"moved into its writers {path}" for path in self.absorbed]
         lines += [f"folded                 {path}" for path in self.folded]
         lines += [f"no rule for            {name}" for name in self.unknown]
         if self.error is not None:
@@ -75,9 +79,9 @@ class Report:
         return "\n".join(lines)
 
 
-def report_of(plan: Plan, program: Program, paths: Sequence[str], leaves: Sequence[tuple[int, Axes, str]]) -> Report:
+def report_of(plan: Plan, program: Program, decision: Decision) -> Report:
     """The report of a plan that was carried out; `program` is the result."""
-    invars = plan.flow.main.jaxpr.invars
+    invars, paths = plan.flow.main.jaxpr.invars, decision.paths
     widths = {site.width for site in plan.sites}
     sites = tuple(
         SiteReport(
@@ -92,10 +96,12 @@ def report_of(plan: Plan, program: Program, paths: Sequence[str], leaves: Sequen
     )
     return Report(
         sites,
-        tuple((path, tuple(a - len(shape_of(invars[k])) for a in axes)) for k, axes, path in leaves),
+        tuple((paths[k], tuple(a - len(shape_of(invars[k])) for a in axes)) for k, axes in decision.leaves),
         tuple(_activation(plan, made) for made in plan.made if made.trips),
         _feature_sums(plan.flow, widths),
         _feature_sums(Flow(program), widths),
+        absorbed=tuple(paths[a.scale] for a in decision.absorbed),
+        folded=tuple(paths[k] for f in decision.folds for k in (f.scale, f.bias) if k is not None),
         unknown=_unknown(plan),
     )
 

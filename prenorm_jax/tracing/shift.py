@@ -45,6 +45,7 @@ class Exploration:
     cuts: int = 0
     sums: list[Any] = dataclasses.field(default_factory=list)  # equations that sum x over A
     centered: list[Any] = dataclasses.field(default_factory=list)  # values equal to x - mean(x), up to a number
+    cancelled: list[Any] = dataclasses.field(default_factory=list)  # values with x in them that a shift does not change
 
     def fail(self, reason: str) -> None:
         self.failure = self.failure or reason
@@ -80,6 +81,8 @@ class _Explorer:
         if P.is_centered(value.poly, self.n):
             self.found.centered.append(var)
         if not value.live():
+            if any(P.X in m for m in value.poly):
+                self.found.cancelled.append(var)
             return
         self.leave(var, value)
         for eqn, _ in self.flow.uses.get(var, ()):

@@ -1,7 +1,8 @@
 """Where a program subtracts a mean: its LayerNorms, whatever they are called and however they are written.
 
-A site is a value x and axes A such that x - mean_A(x) is computed somewhere: found by following x as a polynomial (`shift`),
-so both variance forms, `rsqrt` or `sqrt` and divide, scaled sums and converted copies are one and the same.
+A site is a value x and axes A such that sum_A(x) is taken and then cancels x's mean somewhere, as in x - mean(x) or in
+x * r - mean(x) * r: found by following x as a polynomial (`shift`), so both variance forms, `rsqrt` or `sqrt` and divide, scaled
+sums and converted copies are one and the same.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from prenorm_jax.tracing.shift import Node, Shifts
 
 @dataclasses.dataclass(eq=False)
 class Site:
-    """One mean subtraction: x over `axes`, the equations that sum x, and the values that equal x - mean(x)."""
+    """One mean subtraction: x over `axes`, the equations that sum x, and the values that equal x - mean(x) up to a number."""
 
     x: Any
     axes: Axes
@@ -48,9 +49,9 @@ def find_sites(flow: Flow, shifts: Shifts) -> list[Site]:
             if not axes or not is_float(x) or (x, axes) in sites or len(shape_of(x)) <= max(axes):
                 continue
             found = shifts.explore(x, axes)
-            if found.sums and found.centered:
+            if found.sums and found.cancelled:
                 centered = [(v, axes) for v in found.centered]
-                first = flow.definer[found.centered[0]][0]
+                first = flow.definer[found.cancelled[0]][0]
                 sites[x, axes] = Site(x, axes, found.sums, centered, body, where(first))
     return sorted(sites.values(), key=lambda s: flow.order[id(s.sums[0])])
 

@@ -8,7 +8,17 @@ import pytest
 
 from prenorm_jax import models
 from prenorm_jax.measure import equivalence
-from prenorm_jax.measure.equivalence import EQUIVALENT, PRE_LN, TOLERANCES, Form, compare, errors, perturbed, run, shifted
+from prenorm_jax.measure.equivalence import (
+    EQUIVALENT,
+    PRE_LN,
+    TOLERANCES,
+    Form,
+    compare,
+    errors,
+    perturbed,
+    run,
+    shifted,
+)
 
 COMPACT = (Form("pre_crmsnorm", "reflect", "compact"), Form("pre_crmsnorm", "drop", "compact"))
 

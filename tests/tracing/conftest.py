@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prenorm_jax.main_branch import leaves
 from prenorm_jax.tracing import convert
 
 
@@ -29,14 +28,6 @@ def shaken(tree, seed=0, scale=0.3):
         return jnp.asarray(np.asarray(a, np.float64) + scale * rng.standard_normal(a.shape) + 0.2, a.dtype)
 
     return jax.tree.map(shake, tree)
-
-
-def recentered_tree(params, report):
-    """The conversion of the parameters as a differentiable function."""
-    flat = dict(leaves(params))
-    for path, axes in report.leaves:
-        flat[path] = flat[path] - flat[path].mean(axes, keepdims=True)
-    return jax.tree.unflatten(jax.tree.structure(params), list(flat.values()))
 
 
 def loss_of(outputs):
@@ -88,7 +79,7 @@ def check(fn, params, *inputs, sites, added=0, kept=0, others=(), tol=1e-10, gra
         assert worst(original(params, *inputs), out.fn(params, *inputs)) > 1e-4
     if grads:
         wanted = jax.jit(jax.grad(lambda p: loss_of(fn(p, *inputs)), allow_int=True))(params)
-        found = jax.jit(jax.grad(lambda p: loss_of(out.fn(recentered_tree(p, out.report), *inputs)), allow_int=True))(params)
+        found = jax.jit(jax.grad(lambda p: loss_of(out.fn(out.prepare(p), *inputs)), allow_int=True))(params)
         assert worst(wanted, found) <= 10 * tol
     return out
 

@@ -188,10 +188,11 @@ def test_vit(check, options):
     check(model.apply, build(model, images()), images(), sites=5, others=[(images(3),)])
 
 
-def test_vit_with_layer_scale_recenters_branches(check):
-    """diag(lambda) W is no longer zero-mean when W is: each branch's end is recentered, which pays by one."""
+def test_layer_scale_moves_into_its_writers(check):
+    """diag(lambda) W is recentered, not W."""
     model = ViT(layer_scale=True)
-    check(model.apply, build(model, images()), images(), sites=5, added=4)
+    out = check(model.apply, build(model, images()), images(), sites=5, others=[(images(3),)])
+    assert len(out.report.absorbed) == 4 and out.report.reductions_after == 5
 
 
 class EncoderDecoder(nn.Module):

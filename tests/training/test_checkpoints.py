@@ -118,16 +118,17 @@ def test_an_empty_workdir_has_no_checkpoint(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_save_left_behind_is_no_checkpoint(workdir):
-    experiment, folder = workdir
-    half = checkpoints.folder(folder) / "9.orbax-checkpoint-tmp"
+def test_what_a_killed_save_left_behind_is_no_checkpoint_and_goes_with_the_next_save(tmp_path):
+    experiment = small.experiment(tmp_path / "library")
+    saved(tmp_path / "run", experiment)
+    half = checkpoints.folder(tmp_path / "run") / "9.orbax-checkpoint-tmp"
     half.mkdir()
     (half / "junk").write_text("half")
-    found = checkpoints.latest(folder)
+    found = checkpoints.latest(tmp_path / "run")
     assert found is not None
     assert found[0] == 5
-    with checkpoints.Checkpoints(folder, experiment):
-        pass
+    assert half.exists(), "looking must not sweep"
+    saved(tmp_path / "run", experiment, 6)
     assert not half.exists()
 
 

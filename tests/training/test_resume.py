@@ -91,6 +91,7 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
     finish(undisturbed)
 
     assert "resuming at step" in output, output
+    assert not half_written(killed)
     print(f"killed at {moments} and inside a save that left {[path.name for path in left_behind]}")
     expected, found = (checkpoints.load(workdir) for workdir in (whole, killed))
     assert expected.step == found.step == STEPS

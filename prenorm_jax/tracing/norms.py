@@ -1,0 +1,238 @@
+"""What follows a mean subtraction: scaling by a row statistic, a scale, a bias, and the linear maps that read the result.
+
+Walked forward from x - mean(x). Whatever the walk does not know is a reason to keep the norm's affine as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from prenorm_jax.tracing.jaxprs import is_var, scalar_value, shape_of, where
+from prenorm_jax.tracing.leaf_views import STRUCTURAL, Alignment, LeafView, Views, alignment
+from prenorm_jax.tracing.linear_rules import product_axes
+from prenorm_jax.tracing.plan import Plan
+from prenorm_jax.tracing.rules import rule_for
+from prenorm_jax.tracing.sites import Site
+
+_MOVES = STRUCTURAL | {"slice", "dynamic_slice", "optimization_barrier"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ReaderFound:
+    """A leaf contracted with a norm's result; `bias` is the argument added to the product, if there is one that could take more."""
+
+    kernel: LeafView
+    bias: int | None
+    bias_order: tuple[int, ...]
+
+    def lined_up_with(self, vector: LeafView) -> Alignment | None:
+        return alignment(vector, self.kernel)
+
+
+@dataclasses.dataclass
+class NormFound:
+    """The affine and the readers of one site; `keep` says why its affine has to stay, if it has to."""
+
+    site: Site
+    scale: LeafView | None = None
+    bias: LeafView | None = None
+    readers: list[ReaderFound] = dataclasses.field(default_factory=list)
+    eps: float | None = None
+    keep: str | None = None
+
+    def stay(self, reason: str) -> None:
+        self.keep = self.keep or reason
+
+
+def norms_of(plan: Plan) -> list[NormFound]:
+    """Every single-axis site of a plan's program, with what follows it."""
+    views = Views(plan.flow, plan.shifts.facts)
+    return [_Walk(views, site).run() for site in plan.sites if len(site.axes) == 1]
+
+
+class _Walk:
+    def __init__(self, views: Views, site: Site):
+        self.views, self.flow = views, views.flow
+        self.found = NormFound(site, eps=_eps(self.flow, site))
+        self.stack = [(var, axes[0], "centered") for var, axes in site.centered]
+        self.statistics = {var for var, _ in site.centered}
+        if not self.stack:
+            self.found.stay("its mean is subtracted after scaling")
+
+    def run(self) -> NormFound:
+        seen = set()
+        while self.stack:
+            state = self.stack.pop()
+            if state in seen:
+                continue
+            seen.add(state)
+            var, axis, stage = state
+            if any(out is var for out in self.flow.body_of[var].jaxpr.outvars):
+                self.found.stay("its result leaves the program or a loop's body")
+            for eqn, i in self.flow.uses.get(var, ()):
+                self.use(eqn, i, axis, stage)
+        if not self.found.readers:
+            self.found.stay("no linear map of a parameter reads it")
+        return self.found
+
+    def use(self, eqn: Any, i: int, axis: int, stage: str) -> None:
+        name = eqn.primitive.name
+        inside = self.flow.inputs(eqn, i)
+        if inside is not None:
+            self.enter(eqn, i, inside, axis, stage)
+        elif stage == "centered" and name in ("square", "integer_pow"):
+            return  # its variance
+        elif name in ("mul", "div"):
+            self.scaled(eqn, i, axis, stage)
+        elif name == "add" and stage in ("centered", "scaled"):
+            self.biased(eqn, i, axis)
+        elif name in _MOVES:
+            moved = rule_for(name).shift(eqn, i, (axis,), self.views.facts)
+            sizes = moved and [(j, a[0]) for j, a in moved.items() if len(a) == 1]
+            if sizes and shape_of(eqn.outvars[sizes[0][0]])[sizes[0][1]] == shape_of(eqn.invars[i])[axis]:
+                self.stack.append((eqn.outvars[sizes[0][0]], sizes[0][1], stage))
+            else:
+                self.found.stay(f"its features are split by {name} at {where(eqn)}")
+        elif name == "dot_general":
+            self.read(eqn, i, axis)
+        else:
+            self.found.stay(f"its result is used by {name} at {where(eqn)}")
+
+    def enter(self, eqn: Any, i: int, inside: list, axis: int, stage: str) -> None:
+        role = self.flow.bodies_of[id(eqn)][0].role
+        if role not in ("region", "scan") or self.flow.passed_through(eqn, i) or any(d for _, d in inside):
+            self.found.stay(f"its result enters {eqn.primitive.name} at {where(eqn)}")
+        else:
+            self.stack += [(v, axis, stage) for v, _ in inside]
+
+    def scaled(self, eqn: Any, i: int, axis: int, stage: str) -> None:
+        other, out = eqn.invars[1 - i], eqn.outvars[0]
+        if eqn.primitive.name == "mul" and stage == "centered" and other is eqn.invars[i]:
+            return  # its variance
+        if eqn.primitive.name == "div" and i == 1:
+            self.found.stay(f"it divides at {where(eqn)}")
+        elif self.views.facts.constant_along(other, (axis,)):
+            if stage == "biased" and scalar_value(other) != 1.0:
+                self.found.stay(f"it is scaled by row behind its bias at {where(eqn)}")
+            self.stack.append((out, axis, stage))
+        elif eqn.primitive.name == "mul" and stage == "centered" and self.take_scale(self.vector(other, out, axis)):
+            self.stack.append((out, axis, "scaled"))
+        else:
+            self.found.stay(f"it is multiplied by something that is no parameter of its own at {where(eqn)}")
+
+    def take_scale(self, view: LeafView | None) -> bool:
+        fine = view is not None and self.found.scale in (None, view)
+        self.found.scale = view if fine else self.found.scale
+        return fine
+
+    def vector(self, atom: Any, like: Any, axis: int) -> LeafView | None:
+        """The vector leaf that an operand is, perhaps already multiplied by a row statistic."""
+        if not is_var(atom):
+            return None
+        if self.views.vector_axis(atom, like) == axis:
+            view = self.views.view(atom, axis)
+            return view if view is not None and self.whole(view) else None
+        if atom in self.flow.definer and self.views.times_used(atom) == 1:
+            eqn, _ = self.flow.definer[atom]
+            if eqn.primitive.name == "mul":
+                for a, b in (eqn.invars, eqn.invars[::-1]):
+                    if self.views.facts.constant_along(a, (axis,)):
+                        return self.vector(b, atom, axis)
+        return None
+
+    def whole(self, view: LeafView) -> bool:
+        shape = shape_of(self.flow.main.jaxpr.invars[view.position])
+        return math.prod(shape) == math.prod(shape[a] for a in view.axes().values())
+
+    def biased(self, eqn: Any, i: int, axis: int) -> None:
+        view = self.vector(eqn.invars[1 - i], eqn.outvars[0], axis)
+        if view is None or self.found.bias not in (None, view):
+            self.found.stay(f"it is added to something that is no parameter of its own at {where(eqn)}")
+            return
+        self.found.bias = view
+        self.stack.append((eqn.outvars[0], axis, "biased"))
+
+    def read(self, eqn: Any, i: int, axis: int) -> None:
+        (sums, batches), other = eqn.params["dimension_numbers"], 1 - i
+        if len(sums[0]) != 1 or axis != sums[i][0] or batches[0]:
+            self.found.stay(f"it is read over more than its features at {where(eqn)}")
+            return
+        kernel = eqn.invars[other]
+        view = self.views.view(kernel, sums[other][0])
+        if view is None:
+            self.found.stay(f"it is read by what is no parameter of its own at {where(eqn)}")
+            return
+        bias, order = self.reader_bias(eqn, other, view) or (None, ())
+        self.found.readers.append(ReaderFound(view, bias, order))
+
+    def reader_bias(self, eqn: Any, other: int, kernel: LeafView) -> tuple[int, tuple[int, ...]] | None:
+        """(argument, axes of the kernel's leaf in its order) of a bias that is added to the product and could take more."""
+        batch, left, right = product_axes(eqn)
+        start, free = (len(batch), left) if other == 0 else (len(batch) + len(left), right)
+        axes = {}  # axis of the kernel's leaf -> axis of the value
+        for k, a in enumerate(free):
+            view = self.views.view(eqn.invars[other], a)
+            if view is None or view.axis in axes:
+                return None
+            axes[view.axis] = start + k
+        value = eqn.outvars[0]
+        while self.views.times_used(value) == 1 and self.flow.uses.get(value):
+            use, i = self.flow.uses[value][0]
+            if use.primitive.name == "add":
+                return self.matched_bias(use, 1 - i, axes, kernel)
+            if use.primitive.name not in STRUCTURAL:
+                return None
+            moved = {}
+            for leaf_axis, a in axes.items():
+                found = rule_for(use.primitive.name).shift(use, i, (a,), self.views.facts)
+                if not found or len(found[0]) != 1:
+                    return None
+                moved[leaf_axis] = found[0][0]
+            value, axes = use.outvars[0], moved
+        return None
+
+    def matched_bias(self, use: Any, i: int, axes: dict[int, int], kernel: LeafView) -> tuple[int, tuple[int, ...]] | None:
+        atom, rank = use.invars[i], len(shape_of(use.outvars[0]))
+        if not is_var(atom) or len(shape_of(atom)) != rank:
+            return None
+        order: dict[int, int] = {}  # axis of the bias's leaf -> axis of the kernel's leaf
+        views = [(leaf_axis, self.views.view(atom, a)) for leaf_axis, a in axes.items() if shape_of(atom)[a] != 1]
+        if len(views) != len(axes) or any(v is None for _, v in views) or len({v.position for _, v in views}) != 1:
+            return None
+        for leaf_axis, view in views:
+            order[view.axis] = leaf_axis
+        scans, kernel_scans = dict(views[0][1].scans), dict(kernel.scans)
+        if set(scans) != set(kernel_scans):
+            return None
+        order.update({scans[k]: kernel_scans[k] for k in scans})
+        shape = shape_of(self.flow.main.jaxpr.invars[views[0][1].position])
+        if math.prod(shape) != math.prod(shape[a] for a in order):
+            return None
+        return views[0][1].position, tuple(order[a] for a in sorted(order))
+
+
+def _eps(flow: Any, site: Site) -> float | None:
+    """The number added to the variance: the first one added behind a sum of squares, before a square root."""
+    frontier, seen = [v for v, _ in site.centered] + [site.x], set()
+    for _ in range(40):
+        following = []
+        for var in frontier:
+            for eqn, _i in flow.uses.get(var, ()):
+                name = eqn.primitive.name
+                if name == "add" and eqn.outvars[0] not in seen:
+                    number = next((n for a in eqn.invars if (n := scalar_value(a)) is not None), None)
+                    roots = [e.primitive.name for e, _ in flow.uses.get(eqn.outvars[0], ())]
+                    if number is not None and any(r in ("rsqrt", "sqrt") for r in roots):
+                        return number
+                if name in _TO_VARIANCE and eqn.outvars[0] not in seen:
+                    seen.add(eqn.outvars[0])
+                    following.append(eqn.outvars[0])
+        frontier = following
+    return None
+
+
+_TO_VARIANCE = frozenset(
+    "square mul integer_pow reduce_sum div sub max broadcast_in_dim convert_element_type reshape squeeze select_n".split()
+)

@@ -1,0 +1,117 @@
+"""train.py as a user meets it: one line for each mistake, a clean interrupt, and the quickstart's accuracy."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import train
+
+from prenorm_jax.training import checkpoints, metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+QUICKSTART = f"--config={ROOT / 'configs' / 'quickstart.py'}"
+TINY = {"model.width": 8, "model.heads": 2, "model.mlp_width": 8, "model.depth": 1, "train.batch_size": 8}
+
+
+def child(*arguments: object, cwd: pathlib.Path) -> subprocess.Popen[str]:
+    # One device, as a user has it, and not the eight of these tests.
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    command = [sys.executable, "-W", "error", str(ROOT / "train.py"), *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+MISTAKES = [
+    ([], "the following arguments are required: --config"),
+    (["--config=nowhere.py"], "--config: got 'nowhere.py'; allowed: an existing Python file"),
+    ([f"{QUICKSTART}:bert"], "config arg: got 'bert'; allowed: vit, gpt"),
+    ([QUICKSTART, "--steps=3"], "--steps=3: no such flag; allowed: --config=FILE[:ARG], --workdir=DIR"),
+    ([QUICKSTART, "now"], "now: no such flag"),
+    ([QUICKSTART, "--config.train.stepz=3"], "config.train.stepz: no such field (did you mean steps?); allowed: steps"),
+    ([QUICKSTART, "--config.train.steps=many"], "config.train.steps: got 'many'; allowed: an integer"),
+    ([QUICKSTART, "--config.train.steps=-5"], "config.train.steps: got -5; allowed: 1 or more"),
+    ([QUICKSTART, "--config.model.heads=3"], "config.model.heads: got 3; allowed: a divisor of model.width = "),
+    ([QUICKSTART, "--config.model.patch_size=3"], "config.model.patch_size: got 3; allowed: a divisor of"),
+    ([QUICKSTART, "--config.model.norm=post_ln"], "config.model.norm: got 'post_ln'; allowed: pre_ln, pre_rmsnorm"),
+    ([QUICKSTART, "--config.model.norm=no_norm"], "config.model.norm: got 'no_norm'; allowed: a norm"),
+    ([QUICKSTART, "--config.data.name=imagenet"], "config.data.name: got 'imagenet'; allowed: digits, stdlib"),
+    ([f"{QUICKSTART}:gpt", "--config.data.root=nowhere"], "cannot read nowhere: No such file or directory"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "line"), MISTAKES, ids=[line[:50] for _, line in MISTAKES])
+def test_a_mistake_is_one_line_and_writes_nothing(arguments, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"train.py: {line}")
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_config_reads_and_names_its_own_workdir(monkeypatch):
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        if path.name != "options.py":
+            experiment, workdir = train.read_flags([f"--config={path}"])
+            assert workdir == pathlib.Path("runs", path.stem)
+            assert experiment.model.norm in ("pre_ln", "pre_rmsnorm", "pre_crmsnorm")
+    _, workdir = train.read_flags([f"--config={ROOT}/configs/vit_i1k.py:variant=Ti/16,norm=pre_ln"])
+    assert workdir == pathlib.Path("runs", "vit_i1k-variant-Ti-16-norm-pre_ln")
+
+
+def fields(**more: object) -> list[str]:
+    settings = {**TINY, "compare.enabled": False, **{name.replace("__", "."): value for name, value in more.items()}}
+    return [f"--config.{name}={value}" for name, value in settings.items()]
+
+
+def test_status_and_stderr_of_the_process_itself(tmp_path):
+    process = child(QUICKSTART, "--config.model.depth=0", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert (out, err) == ("", "train.py: config.model.depth: got 0; allowed: an integer > 0\n")
+
+
+@pytest.mark.slow
+def test_interrupt_is_one_line_and_the_same_command_goes_on(tmp_path):
+    arguments = [
+        QUICKSTART,
+        "--workdir=run",
+        *fields(train__steps=4000, train__log_every=1, train__checkpoint_every=20),
+    ]
+    process = child(*arguments, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not (rows := metrics.read(tmp_path / "run")) or rows[-1]["step"] < 30:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "train.py: interrupted; the same command continues from the newest checkpoint\n"
+    found = checkpoints.latest(tmp_path / "run")
+    assert found is not None
+    assert found[0] >= 20
+
+    # The workdir now belongs to this model.
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    assert train.main([QUICKSTART, f"--workdir={tmp_path / 'run'}", "--config.compare.only=True"]) == 2
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_quickstart_learns_digits(tmp_path):
+    process = child(QUICKSTART, "--config.compare.enabled=False", cwd=tmp_path)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    assert err == ""
+    rows = [json.loads(line) for line in (tmp_path / "runs/quickstart/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["kind"] == "eval"
+    assert rows[-1]["accuracy"] >= 0.96
+    assert "held out: accuracy" in out.splitlines()[-1]
