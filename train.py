@@ -18,6 +18,7 @@ from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training import checkpoints, loop
 from prenorm_jax.training.data import DataError
 from prenorm_jax.training.experiment import Experiment, override, read_experiment
+from prenorm_jax.training.interrupts import Interrupted
 
 
 class Flags(argparse.ArgumentParser):
@@ -64,15 +65,15 @@ def run(experiment: Experiment, workdir: pathlib.Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0; 2 for what can't be, 1 for a run that failed, 130 for an interrupted one, each in a line on stderr."""
+    """Exit status: 0; 2 for what can't be, 1 for a run that failed, 128 + signal for one stopped; a line on stderr for each."""
     logging.set_verbosity(logging.ERROR)
     try:
         run(*read_flags(argv))
-    except (ConfigError, DataError, FloatingPointError) as error:
+    except (ConfigError, DataError, FloatingPointError, Interrupted) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return {FloatingPointError: 1, Interrupted: getattr(error, "status", 0)}.get(type(error), 2)
     except KeyboardInterrupt:
-        print("train.py: interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
+        print("train.py: interrupted", file=sys.stderr)
         return 130
     return 0
 

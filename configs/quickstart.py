@@ -18,11 +18,11 @@ def images() -> ConfigDict:
     config = options.every_option("image_classification")
     config.data.name = "digits"
     config.model.update({"image_size": 8, "patch_size": 2, "channels": 1, "classes": 10})
-    config.model.update({"width": 64, "depth": 4, "heads": 4, "mlp_width": 256})
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 40
-    config.train.update({"steps": 400, "batch_size": 128, "eval_batch_size": 120})
-    config.train.update({"eval_every": 100, "checkpoint_every": 200, "log_every": 10})
+    config.model.update({"width": 64, "depth": 4, "heads": 4, "mlp_width": 256, "pool": "mean", "positions": "sincos"})
+    config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50})
+    config.train.update({"steps": 1600, "batch_size": 64, "eval_batch_size": 120})
+    config.train.update({"log_every": 20, "eval_every": 200, "checkpoint_every": 400})
+    config.compare.update({"window_steps": 10})
     return config
 
 
@@ -30,9 +30,9 @@ def text() -> ConfigDict:
     config = options.every_option("language_modelling")
     config.data.name = "stdlib"
     config.model.update({"context": 128, "vocab_size": 256})
-    config.model.update({"width": 128, "depth": 4, "heads": 4, "mlp_width": 512})
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 40
-    config.train.update({"steps": 400, "batch_size": 16, "eval_batch_size": 16, "eval_examples": 512})
-    config.train.update({"eval_every": 100, "checkpoint_every": 200, "log_every": 10})
+    config.model.update({"width": 96, "depth": 3, "heads": 4, "mlp_width": 384})
+    config.optimizer.update({"learning_rate": 4e-3, "warmup_steps": 40})
+    config.train.update({"steps": 600, "batch_size": 16, "eval_batch_size": 16, "eval_examples": 512})
+    config.train.update({"log_every": 20, "eval_every": 100, "checkpoint_every": 200})
+    config.compare.update({"window_steps": 10})
     return config

@@ -59,9 +59,7 @@ def test_every_leaf_gets_its_role():
     )
     first, second, head = found.norms
     assert (first.scale, first.bias, second.scale) == ("norm/0/scale", "norm/0/bias", "norm/1/scale")
-    assert [(r.kernel, r.axis, r.bias, r.new_bias) for r in second.readers] == [
-        ("up/1/kernel", -2, "up/1/bias", False)
-    ]
+    assert [(r.kernel, r.axis, r.bias, r.new_bias) for r in second.readers] == [("up/1/kernel", -2, "up/1/bias", False)]
     assert (head.scale, head.bias, head.readers[0].bias) == ("final/scale", None, None)
 
 
@@ -128,7 +126,10 @@ def test_an_optional_writer_may_be_missing_and_an_absent_description_is_refused(
         (lambda: MainBranch([Writer("a", axis=1)], []), r"a: axis 1; axes are negative.*\(write 1 - rank\)"),
         (lambda: MainBranch([], [Norm([Reader("r", axis=0)])]), "r: axis 0; axes are negative"),
         (lambda: MainBranch([], [], width=("w", 1)), "w: axis 1; axes are negative"),
-        (lambda: MainBranch([], [Norm([Reader("a/{i}", bias="b/{j}")])]), r"b/\{j\}: \{j\} does not occur in .* a/\{i\}"),
+        (
+            lambda: MainBranch([], [Norm([Reader("a/{i}", bias="b/{j}")])]),
+            r"b/\{j\}: \{j\} does not occur in .* a/\{i\}",
+        ),
         (lambda: MainBranch([], [Norm([Reader("a/*/k", bias="a/*/b")])]), r"a/\*/b: a \* is forgotten"),
     ],
 )
@@ -173,7 +174,9 @@ def test_one_rule_serves_looped_and_stacked_layers():
 
     rest = {"patch/kernel": (2, 2, 1, 8), "patch/bias": (8,), "head/kernel": (8, 3), "head/bias": (3,)}
     rest |= {"norm/scale": (8,), "norm/bias": (8,)}
-    looped = {path: np.ones(shape) for path, shape in {**rest, **params((), "blocks/0"), **params((), "blocks/1")}.items()}
+    looped = {
+        path: np.ones(shape) for path, shape in {**rest, **params((), "blocks/0"), **params((), "blocks/1")}.items()
+    }
     stacked = {path: np.ones(shape) for path, shape in {**rest, **params((2,), "blocks")}.items()}
     assert len(layouts.VIT.resolve(looped).norms) == 5
     found = layouts.VIT.resolve(stacked)
@@ -190,7 +193,9 @@ def trees():
         "slashed keys": {"net/~/up": linear, "net/~/norm": {"scale": jnp.ones(2)}},
         "FrozenDict": FrozenDict({"norm": {"scale": jnp.ones(2)}, "up": linear}),
         "nnx.State": nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0))),
-        "nested nnx.State": nnx.state(nnx.Sequential(nnx.LayerNorm(2, rngs=nnx.Rngs(0)), nnx.Linear(2, 3, rngs=nnx.Rngs(0)))),
+        "nested nnx.State": nnx.state(
+            nnx.Sequential(nnx.LayerNorm(2, rngs=nnx.Rngs(0)), nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+        ),
     }
 
 

@@ -23,7 +23,9 @@ EPS = 1e-3  # large enough that a misplaced eps shows
 EXACT = 1e-13  # float64 with tens of operations on values near 1
 
 every_norm = pytest.mark.parametrize("name", NORMS)
-every_affine = pytest.mark.parametrize("affine", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=["none", "bias", "scale", "both"])
+every_affine = pytest.mark.parametrize(
+    "affine", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=["none", "bias", "scale", "both"]
+)
 
 
 def formula(name, x, scale=None, bias=None, eps=EPS, xp=np):
@@ -58,7 +60,9 @@ def test_value_is_the_formula(name, affine):
     expected = formula(name, x, scale, bias)
     np.testing.assert_allclose(y, expected, rtol=0, atol=EXACT)
     assert y.dtype == np.float64
-    assert np.max(np.abs(np.asarray(y) - formula(name, x, scale, bias, eps=2 * EPS))) > 1e-5  # the formula notices another eps
+    assert (
+        np.max(np.abs(np.asarray(y) - formula(name, x, scale, bias, eps=2 * EPS))) > 1e-5
+    )  # the formula notices another eps
 
 
 @every_norm
@@ -144,7 +148,9 @@ def test_half_precision_gradients_have_wide_sums(name, dtype):
     dx, dscale, dbias = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(x, scale, bias)
     assert (dx.dtype, dscale.dtype, dbias.dtype) == (dtype,) * 3
     live = np.ones(width) if "packed" not in name else np.arange(width) < width - 1
-    np.testing.assert_array_equal(np.asarray(dbias).astype(np.float64), rows * live)  # a bfloat16 sum of ones stops at 256
+    np.testing.assert_array_equal(
+        np.asarray(dbias).astype(np.float64), rows * live
+    )  # a bfloat16 sum of ones stops at 256
     wide = formula(name, np.asarray(x).astype(np.float64))
     np.testing.assert_allclose(
         np.asarray(dscale).astype(np.float64),

@@ -9,10 +9,22 @@ import pytest
 import prenorm_jax
 
 PACKAGE = pathlib.Path(prenorm_jax.__file__).parent
-ORDER = ["paths", "bases", "norms", "main_branch", "layouts", "transforms", "tracing", "models", "interop", "training", "measure"]
+ORDER = [
+    "paths",
+    "bases",
+    "norms",
+    "main_branch",
+    "layouts",
+    "transforms",
+    "tracing",
+    "models",
+    "interop",
+    "training",
+    "measure",
+]
 ANYWHERE = {"version"}
 LIBRARIES = {
-    **dict.fromkeys(["paths", "bases", "norms", "main_branch", "layouts", "transforms", "tracing"], {"jax", "numpy"}),
+    **{room: {"jax", "numpy"} for room in ORDER[: ORDER.index("models")]},
     "models": {"jax", "numpy", "flax"},
     "interop": {"jax", "numpy", "flax", "safetensors"},
 }

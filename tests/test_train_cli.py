@@ -9,8 +9,8 @@ import sys
 import time
 
 import pytest
-import train
 
+import train
 from prenorm_jax.training import checkpoints, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -33,7 +33,10 @@ MISTAKES = [
     ([f"{QUICKSTART}:bert"], "config arg: got 'bert'; allowed: vit, gpt"),
     ([QUICKSTART, "--steps=3"], "--steps=3: no such flag; allowed: --config=FILE[:ARG], --workdir=DIR"),
     ([QUICKSTART, "now"], "now: no such flag"),
-    ([QUICKSTART, "--config.train.stepz=3"], "config.train.stepz: no such field (did you mean steps?); allowed: steps"),
+    (
+        [QUICKSTART, "--config.train.stepz=3"],
+        "config.train.stepz: no such field (did you mean steps?); allowed: accumulate",
+    ),
     ([QUICKSTART, "--config.train.steps=many"], "config.train.steps: got 'many'; allowed: an integer"),
     ([QUICKSTART, "--config.train.steps=-5"], "config.train.steps: got -5; allowed: 1 or more"),
     ([QUICKSTART, "--config.model.heads=3"], "config.model.heads: got 3; allowed: a divisor of model.width = "),
@@ -58,7 +61,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(arguments, line, tmp_path, mon
 
 def test_every_config_reads_and_names_its_own_workdir(monkeypatch):
     for path in sorted((ROOT / "configs").glob("*.py")):
-        if path.name != "options.py":
+        if path.name not in ("__init__.py", "options.py"):
             experiment, workdir = train.read_flags([f"--config={path}"])
             assert workdir == pathlib.Path("runs", path.stem)
             assert experiment.model.norm in ("pre_ln", "pre_rmsnorm", "pre_crmsnorm")
@@ -72,43 +75,55 @@ def fields(**more: object) -> list[str]:
 
 
 def test_status_and_stderr_of_the_process_itself(tmp_path):
-    process = child(QUICKSTART, "--config.model.depth=0", cwd=tmp_path)
-    out, err = process.communicate(timeout=120)
+    with child(QUICKSTART, "--config.model.depth=0", cwd=tmp_path) as process:
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert (out, err) == ("", "train.py: config.model.depth: got 0; allowed: an integer > 0\n")
 
 
 @pytest.mark.slow
-def test_interrupt_is_one_line_and_the_same_command_goes_on(tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_is_one_line_behind_a_checkpoint(tmp_path, number, status):
     arguments = [
         QUICKSTART,
         "--workdir=run",
         *fields(train__steps=4000, train__log_every=1, train__checkpoint_every=20),
     ]
-    process = child(*arguments, cwd=tmp_path)
-    deadline = time.monotonic() + 120
-    while not (rows := metrics.read(tmp_path / "run")) or rows[-1]["step"] < 30:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err == "train.py: interrupted; the same command continues from the newest checkpoint\n"
+    with child(*arguments, cwd=tmp_path) as process:
+        deadline = time.monotonic() + 120
+        while not (rows := metrics.read(tmp_path / "run")) or rows[-1]["step"] < 30:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    last = metrics.read(tmp_path / "run")[-1]["step"]
+    assert err == f"train.py: interrupted; step {last} is saved, and the same command continues there\n"
     found = checkpoints.latest(tmp_path / "run")
     assert found is not None
-    assert found[0] >= 20
+    assert found[0] == last
 
-    # The workdir now belongs to this model.
-    before = sorted(path.name for path in tmp_path.rglob("*"))
-    assert train.main([QUICKSTART, f"--workdir={tmp_path / 'run'}", "--config.compare.only=True"]) == 2
-    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+def test_a_workdir_of_another_model_is_refused_and_left_alone(tmp_path, capsys):
+    arguments = [QUICKSTART, f"--workdir={tmp_path / 'run'}"]
+    assert train.main([*arguments, *fields(train__steps=2, optimizer__warmup_steps=1)]) == 0
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for more in ([], ["--config.compare.only=True"]):
+        assert train.main([*arguments, *more]) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith(
+            f"train.py: workdir: {tmp_path / 'run'} holds a checkpoint of another model (config.model.depth: 1 -> "
+        )
+        assert (out, err.count("\n")) == ("", 1)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.slow
 def test_quickstart_learns_digits(tmp_path):
-    process = child(QUICKSTART, "--config.compare.enabled=False", cwd=tmp_path)
-    out, err = process.communicate(timeout=400)
+    with child(QUICKSTART, "--config.compare.enabled=False", cwd=tmp_path) as process:
+        out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     assert err == ""
     rows = [json.loads(line) for line in (tmp_path / "runs/quickstart/metrics.jsonl").read_text().splitlines()]

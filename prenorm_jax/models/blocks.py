@@ -127,8 +127,33 @@ def attend(
         half = q.dtype in (jnp.bfloat16, jnp.float16)
         served = half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and jax.default_backend() == "gpu"
         implementation = "cudnn" if served else "xla"
+    if implementation == "xla" and q.dtype == jnp.float64:
+        return _attend_in_float64(q, k, v, causal=causal, mask=mask)
     attention: Any = jax.nn.dot_product_attention  # its overloads know literals only
+    if implementation == "cudnn" and q.shape[1] % 2:
+        return _attend_to_odd_length(attention, q, k, v, causal=causal)
     return attention(q, k, v, mask=mask, is_causal=causal, implementation=implementation)
+
+
+def _attend_to_odd_length(attention: Any, q: Array, k: Array, v: Array, *, causal: bool) -> Array:
+    """cuDNN differentiates even lengths only (197 tokens of a ViT are not): one token more, which nobody sees."""
+    batch, length = q.shape[:2]
+    q, k, v = (jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)]) for x in (q, k, v))
+    lengths = jnp.full((batch,), length, jnp.int32)
+    y = attention(
+        q, k, v, is_causal=causal, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return y[:, :length]
+
+
+def _attend_in_float64(q: Array, k: Array, v: Array, *, causal: bool, mask: Array | None) -> Array:
+    """`attend` written out: jax.nn's takes its softmax in float32 whatever the dtype."""
+    scores = jnp.einsum("blhk,bthk->bhlt", q, k) / math.sqrt(q.shape[-1])
+    if causal:
+        seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None]
+        mask = seen if mask is None else mask & seen
+    weights = jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhlt,bthk->blhk", weights, v)
 
 
 class Mlp(nnx.Module):

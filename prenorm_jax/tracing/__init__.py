@@ -2,7 +2,8 @@
 
 from prenorm_jax.tracing.convert import Converted, convert
 from prenorm_jax.tracing.decision import ConversionError
+from prenorm_jax.tracing.describe import trace
 from prenorm_jax.tracing.report import Report, SiteReport
 from prenorm_jax.tracing.rules import register_rule
 
-__all__ = ["ConversionError", "Converted", "Report", "SiteReport", "convert", "register_rule"]
+__all__ = ["ConversionError", "Converted", "Report", "SiteReport", "convert", "register_rule", "trace"]

@@ -9,7 +9,8 @@ the traced program; see `shift`, `zero_mean` and `plan`. The parameters keep the
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -85,7 +86,9 @@ def convert(
         raise ValueError(f"activations={activations!r}; choose one of {', '.join(POLICIES)}")
     arguments = Arguments.of(params, inputs)
     if verify and not arguments.concrete():
-        raise ValueError("verification needs arrays with values; pass verify=False to convert under jit or from shapes alone")
+        raise ValueError(
+            "verification needs arrays with values; pass verify=False to convert under jit or from shapes alone"
+        )
     traced = trace_program(fn, arguments, inline_custom)
     floats = [k for k in range(arguments.n_params) if arguments.is_float(k)]
     decision, plan, program = decide(traced.program, arguments.paths, floats, activations, fold)

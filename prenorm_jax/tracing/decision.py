@@ -7,13 +7,15 @@ leaves as they are now; where the decision would be wrong there, that is an erro
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from prenorm_jax.tracing.emit import assume
+from prenorm_jax.tracing.flow import Flow
 from prenorm_jax.tracing.fold import Fold, folds_of
-from prenorm_jax.tracing.jaxprs import Axes, Flow, Program
+from prenorm_jax.tracing.jaxprs import Axes, Program
 from prenorm_jax.tracing.layer_scale import Absorption, absorption, candidates
 from prenorm_jax.tracing.leaf_views import Views
 from prenorm_jax.tracing.plan import Plan, make_plan
@@ -66,14 +68,18 @@ class Decision:
             views = _views(program)
             for absorbed in self.absorbed:
                 if absorption(views, absorbed.scale) != absorbed:
-                    raise ConversionError(f"{self.paths[absorbed.scale]}: moved into its writers, but is used otherwise for these inputs")
+                    raise ConversionError(
+                        f"{self.paths[absorbed.scale]}: moved into its writers, but is used otherwise for these inputs"
+                    )
             program = assume(program, (), [a.scale for a in self.absorbed])
         plan = make_plan(program, (), self.leaves, self.activations)
         invars = plan.flow.main.jaxpr.invars
         for position, axes in self.leaves:
             if not plan.shifts.may_shift(invars[position], axes):
                 reason = plan.shifts.why_not(invars[position], axes)
-                raise ConversionError(f"{self.paths[position]}: recentered, but its mean matters for these inputs: {reason}")
+                raise ConversionError(
+                    f"{self.paths[position]}: recentered, but its mean matters for these inputs: {reason}"
+                )
         if self.folds:
             missing = set(self.folds) - set(folds_of(plan))
             if missing:
@@ -82,7 +88,9 @@ class Decision:
         return _without(rewrite(plan), self.folds)
 
 
-def decide(program: Program, paths: Sequence[str], floats: Sequence[int], activations: str, fold: bool) -> tuple[Decision, Plan, Program]:
+def decide(
+    program: Program, paths: Sequence[str], floats: Sequence[int], activations: str, fold: bool
+) -> tuple[Decision, Plan, Program]:
     """(decision, its plan, the converted program) for a program whose arguments at `floats` may be changed."""
     absorbed: list[Absorption] = []
     plan = make_plan(program, floats, activations=activations)
@@ -110,4 +118,6 @@ def _views(program: Program) -> Views:
 def _without(program: Program, folds: Sequence[Fold]) -> Program:
     if not folds:
         return program
-    return assume(program, [f.bias for f in folds if f.bias is not None], [f.scale for f in folds if f.scale is not None])
+    return assume(
+        program, [f.bias for f in folds if f.bias is not None], [f.scale for f in folds if f.scale is not None]
+    )

@@ -6,19 +6,20 @@ scale known to be one and a bias known to be zero, its affine goes the same way.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
+from prenorm_jax.tracing.flow import Body, Flow
 from prenorm_jax.tracing.jaxprs import (
-    Body,
-    Flow,
     Program,
     is_float,
     is_var,
     live_eqns,
+    names,
     open_program,
     remake,
     replace_bodies,
@@ -37,14 +38,15 @@ class Emitter:
         self.ones: set[Any] = set()
 
     def body(self, body: Body) -> Any:
-        jaxpr, eqns = body.jaxpr, []
+        jaxpr = body.jaxpr
+        eqns: list[Any] = []
         for var in jaxpr.invars:
             self.inherit(body, var)
             self.defined(var, var, eqns)
         for eqn in jaxpr.eqns:
             self.equation(eqn, eqns)
         outvars = [self.materialized(self.read(a), eqns) for a in jaxpr.outvars]
-        return remake(jaxpr, list(jaxpr.constvars), list(jaxpr.invars), outvars, live_eqns(eqns, outvars))
+        return remake(jaxpr, list(jaxpr.invars), outvars, live_eqns(eqns, outvars))
 
     def inherit(self, body: Body, var: Any) -> None:
         """An argument of a body is zero (one) if all that it can hold is."""
@@ -125,7 +127,9 @@ class Emitter:
             return out
         if name in ("add", "sub", "add_any") and any(zero):
             other = self.spread(args[1] if zero[0] else args[0], out, eqns)
-            return self.spliced(jax.lax.neg, [other], eqns) if other is not None and name == "sub" and zero[0] else other
+            return (
+                self.spliced(jax.lax.neg, [other], eqns) if other is not None and name == "sub" and zero[0] else other
+            )
         return None
 
     def _one_rule(self, eqn: Any, args: list, one: list[bool], eqns: list) -> Any:
@@ -151,16 +155,16 @@ class Emitter:
         return self.spliced(lambda a: jnp.broadcast_to(a, shape_of(like)), [atom], eqns)
 
 
-_UNIFORM = frozenset(
-    "convert_element_type broadcast_in_dim reshape squeeze transpose square copy copy_p reduce_precision stop_gradient slice name"
-    " tile expand_dims".split()
+_UNIFORM = names(
+    "convert_element_type broadcast_in_dim reshape squeeze transpose square copy copy_p reduce_precision "
+    "stop_gradient slice name tile expand_dims"
 )
 
 
 class _Assuming(Emitter):
     def __init__(self, flow: Flow, zeros: Iterable[int], ones: Iterable[int]):
         super().__init__(flow)
-        invars = flow.main.jaxpr.invars
+        invars = flow.program.args
         self.zeros = {invars[k] for k in zeros}
         self.ones = {invars[k] for k in ones}
 

@@ -14,20 +14,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prenorm_jax.tracing.jaxprs import CUSTOM, INLINED, Program, bind, is_float, is_var, open_program, scan_counts
+from prenorm_jax.tracing.jaxprs import (
+    CUSTOM,
+    INLINED,
+    Program,
+    bind,
+    is_float,
+    is_var,
+    names,
+    open_program,
+    scan_counts,
+)
 
-_WIDENED = frozenset(
-    "add sub mul div add_any neg square integer_pow pow sqrt rsqrt cbrt exp exp2 log log1p expm1 tanh logistic sin cos erf erfc erf_inv"
-    " max min abs sign lt le gt ge eq ne select_n stop_gradient copy copy_p"
-    " broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice rev concatenate pad split"
-    " reduce_sum reduce_max reduce_min reduce_prod cumsum cumprod cummax cummin cumlogsumexp tile gather scatter scatter-add scatter_add"
-    " name sharding_constraint optimization_barrier is_finite sort clamp expand_dims".split()
+_WIDENED = names(
+    "add sub mul div add_any neg square integer_pow pow sqrt rsqrt cbrt exp exp2 log log1p expm1 tanh logistic "
+    "sin cos erf erfc erf_inv max min abs sign lt le gt ge eq ne select_n stop_gradient copy copy_p "
+    "broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice rev concatenate pad "
+    "split reduce_sum reduce_max reduce_min reduce_prod cumsum cumprod cummax cummin cumlogsumexp tile gather "
+    "scatter scatter-add scatter_add name sharding_constraint optimization_barrier is_finite sort clamp "
+    "expand_dims"
 )
 
 
 def evaluate64(program: Program, args: list[Any]) -> list[Any]:
     """The program's results with all floating point arithmetic in float64. Call it under `jax.enable_x64(True)`."""
-    return _run(program.jaxpr, [_wide(c) for c in program.consts], [_wide(a) for a in args])
+    return _run(program.jaxpr, [], [_wide(a) for a in (*args, *program.consts)])
 
 
 def _wide(value: Any) -> Any:
@@ -82,7 +93,10 @@ def _equation(eqn: Any, args: list) -> list:
 
 def _agreed(args: list, eqn: Any) -> list:
     """Widened operands beside ones that are not floats stay as they are; index operands are never floats."""
-    return [jax.lax.convert_element_type(a, jnp.float64) if is_float(v) else a for a, v in zip(args, eqn.invars, strict=True)]
+    return [
+        jax.lax.convert_element_type(a, jnp.float64) if is_float(v) else a
+        for a, v in zip(args, eqn.invars, strict=True)
+    ]
 
 
 def _call(eqn: Any, args: list) -> list:
@@ -100,7 +114,8 @@ def _scan(eqn: Any, args: list) -> list:
         return tuple(map(_strong, outs[:n_carry])), tuple(outs[n_carry:])
 
     length, reverse = eqn.params["length"], eqn.params["reverse"]
-    final, ys = jax.lax.scan(step, tuple(map(_strong, carry)), tuple(xs), length=length, reverse=reverse)
+    final, ys = jax.lax.scan(  # type: ignore[var-annotated]
+        step, tuple(map(_strong, carry)), tuple(xs), length=length, reverse=reverse)
     return [*final, *ys]
 
 

@@ -36,12 +36,17 @@ class Fold:
 
     @property
     def first(self) -> int:
-        return self.scale if self.scale is not None else self.bias
+        """The argument to name it by."""
+        return min(k for k in (self.scale, self.bias) if k is not None)
 
     def positions(self) -> set[int]:
         """All arguments that it changes."""
         own = {k for k in (self.scale, self.bias) if k is not None}
-        return own | {t.kernel for t in self.takers} | {t.bias for t in self.takers if t.bias is not None and self.bias is not None}
+        return (
+            own
+            | {t.kernel for t in self.takers}
+            | {t.bias for t in self.takers if t.bias is not None and self.bias is not None}
+        )
 
     def applied(self, arrays: list[Any]) -> list[Any]:
         """The arguments with the affine moved."""

@@ -10,14 +10,15 @@ import dataclasses
 import math
 from typing import Any
 
-from prenorm_jax.tracing.jaxprs import is_var, scalar_value, shape_of
+from prenorm_jax.tracing.jaxprs import is_var, names, scalar_value, shape_of
 from prenorm_jax.tracing.leaf_views import Alignment, LeafView, Views, alignment, lined_up
 from prenorm_jax.tracing.plan import Plan
 from prenorm_jax.tracing.rules import rule_for
 
-_CARRIES = frozenset(
-    "add sub add_any neg convert_element_type reshape transpose squeeze broadcast_in_dim slice dynamic_slice concatenate pad select_n"
-    " mul div reduce_sum dot_general conv_general_dilated gather name sharding_constraint copy copy_p reduce_precision".split()
+_CARRIES = names(
+    "add sub add_any neg convert_element_type reshape transpose squeeze broadcast_in_dim slice dynamic_slice "
+    "concatenate pad select_n mul div reduce_sum dot_general conv_general_dilated gather name "
+    "sharding_constraint copy copy_p reduce_precision"
 )
 
 
@@ -46,14 +47,16 @@ def absorption(views: Views, position: int) -> Absorption | None:
         return None
     eqn, i = end
     axis = views.vector_axis(eqn.invars[i], eqn.outvars[0])
-    vector = None if axis is None else views.view(eqn.invars[i], axis)
+    if axis is None:
+        return None
+    vector = views.view(eqn.invars[i], axis)
     if vector is None or not _is_only_that(views, vector):
         return None
     leaves = _writers(views, eqn.invars[1 - i], axis)
     if leaves is None:
         return None
-    pairs = [(leaf.position, alignment(vector, leaf)) for leaf in leaves]
-    if any(p is None for _, p in pairs) or len({k for k, _ in pairs} | {position}) != len(pairs) + 1:
+    pairs = [(leaf.position, found) for leaf in leaves if (found := alignment(vector, leaf)) is not None]
+    if len(pairs) != len(leaves) or len({k for k, _ in pairs} | {position}) != len(pairs) + 1:
         return None
     return Absorption(position, tuple(sorted(pairs)))
 
@@ -120,6 +123,8 @@ def _linear_in(views: Views, var: Any, axis: int) -> list[tuple[Any, int]] | Non
     needs = rule_for(eqn.primitive.name).zero(eqn, j, (axis,), views.facts)
     if needs is None or any(len(axes) != 1 for _, axes in needs):
         return None
-    if any(scalar_value(eqn.invars[i]) is None and shape_of(eqn.invars[i])[a[0]] != shape_of(var)[axis] for i, a in needs):
+    if any(
+        scalar_value(eqn.invars[i]) is None and shape_of(eqn.invars[i])[a[0]] != shape_of(var)[axis] for i, a in needs
+    ):
         return None
     return [(eqn.invars[i], axes[0]) for i, axes in needs]

@@ -12,11 +12,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from prenorm_jax.tracing.jaxprs import Flow, is_float, is_var, shape_of
+from prenorm_jax.tracing.flow import Flow
+from prenorm_jax.tracing.jaxprs import is_float, is_var, names, shape_of
 from prenorm_jax.tracing.rules import ConstantAlong, rule_for
 
-STRUCTURAL = frozenset(
-    "convert_element_type reshape transpose squeeze broadcast_in_dim copy copy_p name sharding_constraint".split()
+STRUCTURAL = names(
+    "convert_element_type reshape transpose squeeze broadcast_in_dim copy copy_p name sharding_constraint"
 )
 
 
@@ -38,7 +39,7 @@ class Views:
 
     def __init__(self, flow: Flow, facts: ConstantAlong):
         self.flow, self.facts = flow, facts
-        self.positions = {var: k for k, var in enumerate(flow.main.jaxpr.invars)}
+        self.positions = {var: k for k, var in enumerate(flow.program.args)}
 
     def times_used(self, var: Any) -> int:
         """Uses in the variable's own body, as an operand or a result."""
@@ -67,7 +68,9 @@ class Views:
             var, axes = step
 
     def _back(self, eqn: Any, j: int, axes: dict[int | None, int]) -> dict[int | None, int] | None:
-        if eqn.primitive.name not in STRUCTURAL or math.prod(shape_of(eqn.invars[0])) != math.prod(shape_of(eqn.outvars[0])):
+        if eqn.primitive.name not in STRUCTURAL or math.prod(shape_of(eqn.invars[0])) != math.prod(
+            shape_of(eqn.outvars[0])
+        ):
             return None
         moved = {}
         for key, axis in axes.items():

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from typing import Any
 
-from prenorm_jax.tracing.jaxprs import is_var, scalar_value, shape_of, where
+from prenorm_jax.tracing.jaxprs import is_var, names, scalar_value, shape_of, where
 from prenorm_jax.tracing.leaf_views import STRUCTURAL, Alignment, LeafView, Views, alignment
 from prenorm_jax.tracing.linear_rules import product_axes
 from prenorm_jax.tracing.plan import Plan
@@ -57,7 +57,7 @@ class _Walk:
         self.views, self.flow = views, views.flow
         self.found = NormFound(site, eps=_eps(self.flow, site))
         self.stack = [(var, axes[0], "centered") for var, axes in site.centered]
-        self.statistics = {var for var, _ in site.centered}
+        self.read_at: set[str] = set()
         if not self.stack:
             self.found.stay("its mean is subtracted after scaling")
 
@@ -75,6 +75,9 @@ class _Walk:
                 self.use(eqn, i, axis, stage)
         if not self.found.readers:
             self.found.stay("no linear map of a parameter reads it")
+        last = "biased" if self.found.bias else "scaled" if self.found.scale else "centered"
+        if any(stage != last for stage in self.read_at):
+            self.found.stay("it is read both in front of and behind its affine")
         return self.found
 
     def use(self, eqn: Any, i: int, axis: int, stage: str) -> None:
@@ -96,6 +99,7 @@ class _Walk:
             else:
                 self.found.stay(f"its features are split by {name} at {where(eqn)}")
         elif name == "dot_general":
+            self.read_at.add(stage)
             self.read(eqn, i, axis)
         else:
             self.found.stay(f"its result is used by {name} at {where(eqn)}")
@@ -193,24 +197,30 @@ class _Walk:
             value, axes = use.outvars[0], moved
         return None
 
-    def matched_bias(self, use: Any, i: int, axes: dict[int, int], kernel: LeafView) -> tuple[int, tuple[int, ...]] | None:
+    def matched_bias(
+        self, use: Any, i: int, axes: dict[int, int], kernel: LeafView
+    ) -> tuple[int, tuple[int, ...]] | None:
         atom, rank = use.invars[i], len(shape_of(use.outvars[0]))
         if not is_var(atom) or len(shape_of(atom)) != rank:
             return None
         order: dict[int, int] = {}  # axis of the bias's leaf -> axis of the kernel's leaf
-        views = [(leaf_axis, self.views.view(atom, a)) for leaf_axis, a in axes.items() if shape_of(atom)[a] != 1]
-        if len(views) != len(axes) or any(v is None for _, v in views) or len({v.position for _, v in views}) != 1:
-            return None
-        for leaf_axis, view in views:
+        bias: LeafView | None = None
+        for leaf_axis, a in axes.items():
+            view = self.views.view(atom, a) if shape_of(atom)[a] != 1 else None
+            if view is None or (bias is not None and view.position != bias.position):
+                return None
+            bias = view
             order[view.axis] = leaf_axis
-        scans, kernel_scans = dict(views[0][1].scans), dict(kernel.scans)
+        if bias is None:
+            return None
+        scans, kernel_scans = dict(bias.scans), dict(kernel.scans)
         if set(scans) != set(kernel_scans):
             return None
         order.update({scans[k]: kernel_scans[k] for k in scans})
-        shape = shape_of(self.flow.main.jaxpr.invars[views[0][1].position])
+        shape = shape_of(self.flow.main.jaxpr.invars[bias.position])
         if math.prod(shape) != math.prod(shape[a] for a in order):
             return None
-        return views[0][1].position, tuple(order[a] for a in sorted(order))
+        return bias.position, tuple(order[a] for a in sorted(order))
 
 
 def _eps(flow: Any, site: Site) -> float | None:
@@ -233,6 +243,6 @@ def _eps(flow: Any, site: Site) -> float | None:
     return None
 
 
-_TO_VARIANCE = frozenset(
-    "square mul integer_pow reduce_sum div sub max broadcast_in_dim convert_element_type reshape squeeze select_n".split()
+_TO_VARIANCE = names(
+    "square mul integer_pow reduce_sum div sub max broadcast_in_dim convert_element_type reshape squeeze select_n"
 )

@@ -8,9 +8,11 @@ common values form a stream, and a stream is converted only as far as it removes
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Iterable
+from collections.abc import Iterable
+from typing import Any
 
-from prenorm_jax.tracing.jaxprs import Flow, Program
+from prenorm_jax.tracing.flow import Flow
+from prenorm_jax.tracing.jaxprs import Program
 from prenorm_jax.tracing.rules import ConstantAlong
 from prenorm_jax.tracing.shift import Node, Shifts
 from prenorm_jax.tracing.sites import Site, find_sites
@@ -49,7 +51,10 @@ class Plan:
 
 
 def make_plan(
-    program: Program, leaves: Iterable[int], given: Iterable[tuple[int, tuple[int, ...]]] = (), activations: str = "pays"
+    program: Program,
+    leaves: Iterable[int],
+    given: Iterable[tuple[int, tuple[int, ...]]] = (),
+    activations: str = "pays",
 ) -> Plan:
     """Decide about every site of a program.
 
@@ -62,7 +67,7 @@ def make_plan(
     flow = Flow(program)
     shifts = Shifts(flow, ConstantAlong(flow))
     sites = find_sites(flow, shifts)
-    invars = flow.main.jaxpr.invars
+    invars = program.args
     centered = [node for site in sites for node in site.centered]
     zero_mean = ZeroMean(flow, shifts, [invars[k] for k in leaves], [(invars[k], axes) for k, axes in given], centered)
     plan = Plan(flow, shifts, zero_mean, sites, dict.fromkeys(sites, False), {}, [])
@@ -106,8 +111,8 @@ def _streams(wanted: dict, roots: dict, zero_mean: ZeroMean) -> list[list[Site]]
 
     owner: dict[Node, Site] = {}
     for site, recenterings in wanted.items():
-        nodes = {r.axes and (r.atom, r.axes) for r in recenterings if r.kind != "use"}
-        for node in zero_mean.closure(roots[site], lambda n, stop=nodes: n.node in stop):
+        nodes = {(r.atom, r.axes) for r in recenterings if r.kind != "use"}
+        for node in zero_mean.closure(roots[site], lambda n: n.node in nodes):  # noqa: B023
             if node in owner:
                 group[head(site)] = head(owner[node])
             owner[node] = site

@@ -12,7 +12,7 @@ from `FIRST` on the names of other values, numbered by the caller, who also says
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 X, M1, M2, S = range(4)
 FIRST = 8
@@ -60,12 +60,15 @@ def multiply(left: Poly, right: Poly) -> Poly | None:
     return total
 
 
-def total_over_axes(poly: Poly, n: int, varies: Callable[[int], bool], name_sum: Callable[[Monomial], int]) -> Poly | None:
+def total_over_axes(
+    poly: Poly, n: int, varies: Callable[[int], bool], name_sum: Callable[[Monomial], int]
+) -> Poly | None:
     """The sum over A, where `varies` tells which other values vary along A; None if it is no polynomial of ours.
 
     `name_sum` names the sum over A of a product of such values.
     """
     total: Poly = {}
+    summed: Monomial
     for monomial, value in poly.items():
         power = monomial.count(X)
         inside = tuple(m for m in monomial if m >= FIRST and varies(m))
@@ -86,15 +89,20 @@ def total_over_axes(poly: Poly, n: int, varies: Callable[[int], bool], name_sum:
 
 def change(poly: Poly, n: int) -> Poly | None:
     """What a shift by s adds to the polynomial: {} exactly if it is unchanged. None if too large to say."""
-    images = {X: {(X,): 1.0, (S,): 1.0}, M1: {(M1,): 1.0, (S,): float(n)}, M2: {(M2,): 1.0, (M1, S): 2.0, (S, S): float(n)}}
+    images: dict[int, Poly] = {
+        X: {(X,): 1.0, (S,): 1.0},
+        M1: {(M1,): 1.0, (S,): float(n)},
+        M2: {(M2,): 1.0, (M1, S): 2.0, (S, S): float(n)},
+    }
     total: Poly = {}
     for monomial, value in poly.items():
-        image: Poly | None = {tuple(m for m in monomial if m >= FIRST): value}
+        image: Poly = {tuple(m for m in monomial if m >= FIRST): value}
         for m in monomial:
             if m < FIRST:
-                image = multiply(image, images[m])
-                if image is None:
+                product = multiply(image, images[m])
+                if product is None:
                     return None
+                image = product
         total = add(total, image)
     return add(total, poly, -1.0)
 

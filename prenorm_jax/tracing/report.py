@@ -6,9 +6,10 @@ import dataclasses
 from typing import Any
 
 from prenorm_jax.tracing.decision import Decision
-from prenorm_jax.tracing.jaxprs import Flow, Program, is_var, shape_of, where
+from prenorm_jax.tracing.flow import Flow
+from prenorm_jax.tracing.jaxprs import Program, is_var, shape_of, where
 from prenorm_jax.tracing.plan import Plan
-from prenorm_jax.tracing.rules import rule_for
+from prenorm_jax.tracing.rules import has_rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +64,14 @@ class Report:
         return sum(s.converted for s in self.sites)
 
     def __str__(self) -> str:
-        rows = [("converted" if s.converted else "kept", str(s.width), f"{s.trips}x", s.where, s.reason) for s in self.sites]
+        rows = [
+            ("converted" if s.converted else "kept", str(s.width), f"{s.trips}x", s.where, s.reason) for s in self.sites
+        ]
         head = ("", "width", "runs", "where", "reason")
         widths = [max(len(r[k]) for r in [head, *rows]) for k in range(4)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(r[:4], widths)), r[4]]).rstrip() for r in [head, *rows]]
-        lines.append(f"{self.converted} of {len(self.sites)} LayerNorms converted; feature reductions {self.reductions_before} -> {self.reductions_after}")
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(r[:4], widths, strict=True)), r[4]]).rstrip() for r in [head, *rows]]
+        lines.append(f"{self.converted} of {len(self.sites)} LayerNorms converted")
+        lines.append(f"feature reductions     {self.reductions_before} -> {self.reductions_after}")
         for path, axes in self.leaves:
             lines.append(f"recentered leaf        {path} along {axes[0] if len(axes) == 1 else axes}")
         lines += [f"recentered activation  {a}" for a in self.activations]
@@ -134,5 +138,5 @@ def _activation(plan: Plan, made: Any) -> str:
 def _unknown(plan: Plan) -> tuple[str, ...]:
     """Primitives without a rule that stood in the way of a site."""
     text = " ".join(plan.reasons.values())
-    names = {e.primitive.name for e in plan.zero_mean.eqns.values() if rule_for(e.primitive.name) is None}
+    names = {e.primitive.name for e in plan.zero_mean.eqns.values() if not has_rule(e.primitive.name)}
     return tuple(sorted(n for n in names if f" {n} has no rule" in f" {text}" or f" {n}, which has no rule" in text))

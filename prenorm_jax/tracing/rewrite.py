@@ -38,7 +38,7 @@ class _Rewriter(Emitter):
         self.uses: dict[tuple[int, int], Axes] = {}
         self.constants: dict[Any, list[Axes]] = {}
         for made in plan.made:
-            if made.kind == "use":
+            if made.use is not None:
                 self.uses[made.use] = made.axes
             elif made.kind in ("value", "constant"):
                 target = self.values if made.kind == "value" else self.constants
@@ -55,16 +55,14 @@ class _Rewriter(Emitter):
             extra[new] = value.astype(var.aval.dtype)
             self.env[var] = new
         jaxpr = self.body(self.flow.main)
-        values = zip([*old.jaxpr.constvars, *extra], [*old.consts, *extra.values()], strict=True)
         used = {a for e in jaxpr.eqns for a in e.invars if is_var(a)} | {a for a in jaxpr.outvars if is_var(a)}
-        consts = [(v, c) for v, c in values if v in used]
-        jaxpr = remake(jaxpr, [v for v, _ in consts], jaxpr.invars, jaxpr.outvars, jaxpr.eqns)
-        return Program(jaxpr, [c for _, c in consts])
+        consts = {v: c for v, c in {**old.constants, **extra}.items() if v in used}
+        return Program(remake(jaxpr, [*old.args, *consts], jaxpr.outvars, jaxpr.eqns), list(consts.values()))
 
     def evaluated(self, var: Any) -> np.ndarray:
         """The numbers of a value that depends on nothing, in float64."""
         old = self.flow.program
-        known = dict(zip(old.jaxpr.constvars, old.consts, strict=True))
+        known = old.constants
         if var in known:
             return np.asarray(known[var]).astype(np.float64)
         eqns = live_eqns([e for e in old.jaxpr.eqns if not e.effects], [var])

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Callable, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
-from prenorm_jax.tracing.jaxprs import Axes, Flow, is_float, is_var, scalar_value, shape_of
+from prenorm_jax.tracing.flow import Flow
+from prenorm_jax.tracing.jaxprs import Axes, is_float, is_var, names, scalar_value, shape_of
 
 
 class Facts(Protocol):
@@ -52,12 +54,24 @@ def register_rule(primitive: str, *, shift: Shift | None = None, zero: Zero | No
 
     >>> register_rule("my_scale", shift=lambda eqn, i, axes, facts: {0: axes}, zero=lambda eqn, j, axes, facts: [(0, axes)])
     """
-    _RULES[primitive] = Rule(shift or (lambda *_: None), zero or (lambda *_: None))
+    _RULES[primitive] = Rule(shift or _unknown, zero or _unknown)
 
 
-def rule_for(primitive: str) -> Rule | None:
-    """The rule registered for a primitive, or None."""
-    return _RULES.get(primitive)
+def rule_for(primitive: str) -> Rule:
+    """The rule registered for a primitive; one that knows nothing, if there is none."""
+    return _RULES.get(primitive, NO_RULE)
+
+
+def has_rule(primitive: str) -> bool:
+    """Whether a primitive has a rule."""
+    return primitive in _RULES
+
+
+def _unknown(eqn: Any, k: int, axes: Axes, facts: Facts) -> None:
+    return None
+
+
+NO_RULE = Rule(_unknown, _unknown)
 
 
 class ConstantAlong:
@@ -94,9 +108,9 @@ class ConstantAlong:
         return False
 
 
-ELEMENTWISE = frozenset(
-    "add sub mul div neg max min sqrt rsqrt integer_pow square convert_element_type lt le gt ge eq ne not and or exp log"
-    " select_n copy pow abs sign tanh logistic floor ceil round is_finite stop_gradient".split()
+ELEMENTWISE = names(
+    "add sub mul div neg max min sqrt rsqrt integer_pow square convert_element_type lt le gt ge eq ne not and "
+    "or exp log select_n copy pow abs sign tanh logistic floor ceil round is_finite stop_gradient"
 )
 
 
@@ -109,7 +123,9 @@ def regroup(shape: tuple[int, ...], other: tuple[int, ...], axes: Axes) -> Axes 
     if math.prod(shape) != math.prod(other) or math.prod(shape) == 0:
         return None
     while left or right:
-        ours, theirs, size_l, size_r = [], [], 1, 1
+        ours: list[int] = []
+        theirs: list[int] = []
+        size_l = size_r = 1
         while not ours or size_l != size_r:
             if size_l <= size_r:
                 ours.append(left.pop(0))
@@ -184,9 +200,20 @@ def _each_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Ax
 
 for _name in ("add", "sub", "add_any"):
     register_rule(_name, shift=_same_shift, zero=_same_zero)
-for _name in ("neg", "copy", "copy_p", "convert_element_type", "reduce_precision", "name", "sharding_constraint", "pvary"):
+for _name in (
+    "neg",
+    "copy",
+    "copy_p",
+    "convert_element_type",
+    "reduce_precision",
+    "name",
+    "sharding_constraint",
+    "pvary",
+):
     register_rule(_name, shift=_same_shift, zero=_unary_zero)
-register_rule("stop_gradient", zero=_unary_zero)  # a shift would be seen by the gradient: mean and deviation may differ in it
+register_rule(
+    "stop_gradient", zero=_unary_zero
+)  # a shift would be seen by the gradient: mean and deviation may differ in it
 for _name in ("mul", "div"):
     register_rule(_name, shift=_mul_shift, zero=_mul_zero)
 register_rule("select_n", shift=_select_shift, zero=_select_zero)

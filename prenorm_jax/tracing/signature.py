@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prenorm_jax.main_branch import leaves as paths_of
-from prenorm_jax.tracing.jaxprs import Program, normalize
+from prenorm_jax.paths import leaves as paths_of
+from prenorm_jax.tracing.jaxprs import Program
+from prenorm_jax.tracing.normal_form import normalize
 
 
 @dataclasses.dataclass
@@ -41,7 +43,7 @@ class Arguments:
         """What a trace depends on."""
         avals = tuple((np.shape(a), str(jnp.result_type(a)), bool(getattr(a, "weak_type", False))) for a in self.arrays)
         statics = tuple(_Same(leaf) for leaf, array in zip(self.leaves, self.is_array, strict=True) if not array)
-        config = (jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision)
+        config = (jax.config.read("jax_enable_x64"), jax.config.read("jax_default_matmul_precision"))
         return (self.tree, avals, statics, config)
 
     def unflatten(self, arrays: list[Any]) -> tuple[Any, tuple[Any, ...]]:
@@ -72,7 +74,11 @@ class _Same:
     def __eq__(self, other: Any) -> bool:
         if self.value is other.value:
             return True
-        return type(self.value) is type(other.value) and isinstance(self.value, (bool, int, float, str)) and self.value == other.value
+        return (
+            type(self.value) is type(other.value)
+            and isinstance(self.value, (bool, int, float, str))
+            and self.value == other.value
+        )
 
 
 def _is_array(leaf: Any, is_input: bool) -> bool:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from prenorm_jax.tracing.jaxprs import Axes, Body, Flow, is_float, is_var, scalar_value, shape_of, where
+from prenorm_jax.tracing.flow import Body, Flow
+from prenorm_jax.tracing.jaxprs import Axes, is_float, is_var, scalar_value, shape_of, where
 from prenorm_jax.tracing.shift import Node, Shifts
 
 
@@ -61,9 +62,9 @@ def _unscaled(flow: Flow, var: Any) -> Any:
     while var in flow.definer:
         eqn, _ = flow.definer[var]
         name, args = eqn.primitive.name, eqn.invars
-        if name == "convert_element_type" and is_float(args[0]) and is_var(args[0]):
-            var = args[0]
-        elif name in ("mul", "div") and scalar_value(args[1]) is not None and is_var(args[0]):
+        if (name == "convert_element_type" and is_float(args[0]) and is_var(args[0])) or (
+            name in ("mul", "div") and scalar_value(args[1]) is not None and is_var(args[0])
+        ):
             var = args[0]
         elif name == "mul" and scalar_value(args[0]) is not None and is_var(args[1]):
             var = args[1]

@@ -6,7 +6,8 @@ unit scales hide mistakes that trained parameters show.
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Callable, Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
-from prenorm_jax.tracing.jaxprs import Axes, Flow, is_float, is_var, shape_of, where
-from prenorm_jax.tracing.rules import rule_for
+from prenorm_jax.tracing.flow import Flow
+from prenorm_jax.tracing.jaxprs import Axes, is_float, is_var, shape_of, where
+from prenorm_jax.tracing.rules import has_rule, rule_for
 from prenorm_jax.tracing.shift import Node, Shifts
 
 MOST_CONSTANT_ENTRIES = 1 << 26
@@ -62,14 +64,15 @@ class ZeroMean:
     """Z for one program. `leaves` are the main program's arguments that may be recentered, `given` those (argument, axes) that
     have zero mean already."""
 
-    def __init__(self, flow: Flow, shifts: Shifts, leaves: Iterable[Any], given: Iterable[Node], centered: Iterable[Node]):
+    def __init__(
+        self, flow: Flow, shifts: Shifts, leaves: Iterable[Any], given: Iterable[Node], centered: Iterable[Node]
+    ):
         self.flow, self.shifts = flow, shifts
         self.leaves, self.given, self.centered = set(leaves), set(given), set(centered)
         self.eqns = {id(e): e for b in flow.bodies for e in b.jaxpr.eqns}
         self._needs: dict[Node, list[Need] | None] = {}
         self._constant: dict[Any, bool] = {}
-        constvars = flow.main.jaxpr.constvars
-        self._values = dict(zip(constvars, flow.program.consts, strict=True))
+        self._values = flow.program.constants
 
     # -- structure --
 
@@ -93,13 +96,15 @@ class ZeroMean:
             return None
         sources = self.flow.sources(atom)
         if sources is not None:
-            moved = [(a, e, i, tuple(x + delta for x in axes)) for a, e, i, delta in ((a, e, i, -d) for a, e, i, d in sources)]
+            moved = [
+                (a, e, i, tuple(x + delta for x in axes))
+                for a, e, i, delta in ((a, e, i, -d) for a, e, i, d in sources)
+            ]
             return [Need(a, x, e, i) for a, e, i, x in moved] if all(min(x) >= 0 for *_, x in moved) else None
         if atom not in self.flow.definer:
             return None
         eqn, j = self.flow.definer[atom]
-        rule = rule_for(eqn.primitive.name)
-        found = rule.zero(eqn, j, axes, self.shifts.facts) if rule else None
+        found = rule_for(eqn.primitive.name).zero(eqn, j, axes, self.shifts.facts)
         return None if found is None else [Need(eqn.invars[i], tuple(x), eqn, i) for i, x in found]
 
     # -- ways to make it so --
@@ -112,7 +117,7 @@ class ZeroMean:
             return None
         if math.prod(shape[a] for a in axes) <= 1:
             return None
-        if atom in self.flow.main.jaxpr.invars and atom in self.leaves:
+        if atom in self.leaves:
             return Recentering("leaf", atom, axes) if self.shifts.may_shift(atom, axes) else None
         if not self.shifts.may_shift(atom, axes):
             return None
@@ -137,8 +142,7 @@ class ZeroMean:
             if self.flow.bodies_of[id(eqn)][0].role == "custom":
                 return None
         else:
-            rule = rule_for(eqn.primitive.name)
-            moved = rule.shift(eqn, i, need.axes, self.shifts.facts) if rule else None
+            moved = rule_for(eqn.primitive.name).shift(eqn, i, need.axes, self.shifts.facts)
             if moved is None:
                 return None
             seen = [(eqn.outvars[j], axes) for j, axes in moved.items()]
@@ -241,7 +245,7 @@ class ZeroMean:
             return "a constant is added to it"
         if atom in self.flow.definer:
             eqn, _ = self.flow.definer[atom]
-            known = "" if rule_for(eqn.primitive.name) else ", which has no rule,"
+            known = "" if has_rule(eqn.primitive.name) else ", which has no rule,"
             return f"the result of {eqn.primitive.name}{known} at {where(eqn)}"
         if atom in self.leaves:
             return f"a leaf that may not be recentered ({self.shifts.why_not(atom, need.axes)})"
@@ -333,7 +337,9 @@ class _Spending:
             for n in self.facts.needs(need) or ():
                 option = self.use_option(n) if n.eqn is not None and cost.get(n.node, 0.0) > 0 else None
                 if self._taken(n) or (option is not None and option.price < cost.get(n.node, 0.0)):
-                    found[self.through[id(n.eqn), n.operand, n.axes]] = None
+                    made = self.through[id(n.eqn), n.operand, n.axes]
+                    assert made is not None
+                    found[made] = None
                     self.taken.add((id(n.eqn), n.operand, n.axes))
                 else:
                     stack.append(n)

@@ -225,6 +225,9 @@ class Synthetic:
         if isinstance(model, ViTConfig):
             shape = (model.image_size, model.image_size, model.channels)
             pixels = np.frombuffer(noise.bytes(int(np.prod(shape))), np.uint8).reshape(shape)
-            return {"inputs": pixels.astype(np.float32) / 127.5 - 1, "targets": np.int32(noise.integers(model.classes))}
+            return {
+                "inputs": pixels.astype(np.float32) / 127.5 - 1,
+                "targets": np.asarray(noise.integers(model.classes), np.int32),
+            }
         window = noise.integers(model.vocab_size, size=model.context + 1, dtype=np.int32)
         return {"inputs": window[:-1], "targets": window[1:]}

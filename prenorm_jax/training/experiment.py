@@ -282,7 +282,7 @@ def _require_known(field: str, key: str, known: tuple[str, ...]) -> None:
     if key not in known:
         close = difflib.get_close_matches(key, known, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ConfigError(f"{field}: no such field{hint}; allowed: {', '.join(known)}")
+        raise ConfigError(f"{field}: no such field{hint}; allowed: {', '.join(sorted(known))}")
 
 
 def _read_value(field: str, value: object, kind: type) -> object:

@@ -15,6 +15,7 @@ from prenorm_jax import models
 from prenorm_jax.models.config import require
 from prenorm_jax.training import checkpoints, data, metrics
 from prenorm_jax.training.experiment import Experiment, as_tree
+from prenorm_jax.training.interrupts import Interrupted, Interrupts
 from prenorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from prenorm_jax.training.step import Params, State, init_state, make_eval_step, make_train_step
 from prenorm_jax.training.tasks import Task, task_of
@@ -32,6 +33,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
       ConfigError: the workdir holds another model's checkpoint, or the model is `no_norm`. Nothing is written.
       DataError: the data can't be read. Nothing is written.
       FloatingPointError: the loss is not finite.
+      Interrupted: SIGINT or SIGTERM; the step under way was finished and saved.
     """
     console = console or rich.console.Console()
     require(
@@ -51,7 +53,8 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
         (workdir / "config.json").write_text(json.dumps(as_tree(experiment), indent=2) + "\n")
         written = stack.enter_context(metrics.Metrics(workdir, start))
         progress = stack.enter_context(metrics.Progress(console, start, experiment.train.steps))
-        state = run.steps(state, batches, saved, written, progress)
+        interrupts = stack.enter_context(Interrupts())
+        state = run.steps(state, batches, saved, written, progress, interrupts)
     metrics.draw(metrics.read(workdir), workdir / "loss.png", f"{experiment.data.name}, {experiment.model.norm}")
     return state.params
 
@@ -84,6 +87,7 @@ class _Run:
         saved: checkpoints.Checkpoints,
         written: metrics.Metrics,
         progress: metrics.Progress,
+        interrupts: Interrupts,
     ) -> State:
         settings = self.experiment.train
         log = _Log(self, written, progress)
@@ -91,7 +95,8 @@ class _Run:
             state, values = self.train_step(state, next(batches))
             log.dispatched(step, values)
             evaluating = _due(step, settings.eval_every, settings.steps)
-            saving = _due(step, settings.checkpoint_every, settings.steps)
+            stopping = interrupts.received
+            saving = stopping is not None or _due(step, settings.checkpoint_every, settings.steps)
             if evaluating or saving:
                 # The rows up to this step are on disk before its checkpoint is: resuming there must not lose one.
                 log.drain()
@@ -102,6 +107,8 @@ class _Run:
                 progress.say(f"step {step}/{settings.steps}  held out: {text}")
             if saving:
                 saved.save(state, batches)
+            if stopping is not None and step < settings.steps:
+                raise Interrupted(step, stopping)
             if evaluating or saving:
                 log.restart_clock()
         return state

@@ -1,4 +1,4 @@
-"""Every impossible setting is one line that names the field, what was given and what is allowed; every named size is the one of the paper."""
+"""Every impossible setting is one line that names the field, what was given and what is allowed; every named size is the paper's."""
 
 import dataclasses
 

@@ -22,7 +22,15 @@ VARIANTS = {
 }
 # 11 tokens padded to 16: an eleventh part of what is drawn blindly would be padding
 CONFIG = GPTConfig(
-    width=8, depth=2, heads=2, mlp_width=16, context=10, vocab_size=11, vocab_multiple=16, dtype="float64", param_dtype="float64"
+    width=8,
+    depth=2,
+    heads=2,
+    mlp_width=16,
+    context=10,
+    vocab_size=11,
+    vocab_multiple=16,
+    dtype="float64",
+    param_dtype="float64",
 )
 PROMPT = jnp.array([[1, 2, 3], [4, 5, 10]], jnp.int32)
 
@@ -30,9 +38,9 @@ PROMPT = jnp.array([[1, 2, 3], [4, 5, 10]], jnp.int32)
 def setting(random_params, variant="pre_ln", **fields):
     config = dataclasses.replace(CONFIG, **VARIANTS[variant], **fields)
     params = random_params(dataclasses.replace(config, scan_layers=False))
-    params["norm"]["bias"] *= 0.1  # or it would always be the same token
-    if not config.tied:
-        params["head"]["bias"] *= 0.1
+    # large tables and small biases: otherwise it would always be the same token
+    factors = {"bias": 0.05, "table": 5.0}
+    params = jax.tree_util.tree_map_with_path(lambda path, leaf: leaf * factors.get(path[-1].key, 1.0), params)
     params = models.stack_layers(params) if config.scan_layers else params
     return config, jax.jit(functools.partial(models.running, config=config))(params)
 
@@ -62,9 +70,9 @@ def test_greedy_generation_is_the_argmax_of_full_passes_in_every_variant(random_
 def test_the_tokens_depend_on_prompt_and_model(random_params, expected):
     assert not np.array_equal(expected[True], expected[False])
     config, params = setting(random_params)
-    other = generate(config, params, PROMPT[:, ::-1], 7)
+    other = generate(config, params, (PROMPT + 3) % config.vocab_size, 7)
     assert not np.array_equal(other[:, 3:], expected[True][:, 3:])
-    assert all(len(np.unique(tokens[:, 3:])) > 3 for tokens in expected.values())
+    assert all(len(np.unique(tokens[:, 3:])) > 2 for tokens in expected.values())
 
 
 def test_sampling_is_reproducible_by_its_key_and_never_leaves_the_vocabulary(random_params):

@@ -15,7 +15,9 @@ def float64():
 
 
 def widened(tree):
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float64) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a, tree)
+    return jax.tree.map(
+        lambda a: jnp.asarray(a, jnp.float64) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a, tree
+    )
 
 
 def shaken(tree, seed=0, scale=0.3):

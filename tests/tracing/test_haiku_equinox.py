@@ -14,11 +14,16 @@ def tokens(b=2, n=4):
 
 def haiku_gpt(tokens):
     table = hk.Embed(V, D, name="embed")
-    x = table(tokens) + hk.get_parameter("position", [1, 16, D], init=hk.initializers.RandomNormal())[:, : tokens.shape[1]]
+    x = (
+        table(tokens)
+        + hk.get_parameter("position", [1, 16, D], init=hk.initializers.RandomNormal())[:, : tokens.shape[1]]
+    )
     for k in range(2):
         h = hk.LayerNorm(-1, True, True, name=f"ln1_{k}")(x)
         mask = jnp.tril(jnp.ones((1, 1, tokens.shape[1], tokens.shape[1])))
-        attention = hk.MultiHeadAttention(2, D // 2, w_init=hk.initializers.VarianceScaling(), model_size=D, name=f"attn_{k}")
+        attention = hk.MultiHeadAttention(
+            2, D // 2, w_init=hk.initializers.VarianceScaling(), model_size=D, name=f"attn_{k}"
+        )
         x = x + attention(h, h, h, mask)
         h = hk.LayerNorm(-1, True, False, name=f"ln2_{k}")(x)
         x = x + hk.Linear(D)(jax.nn.gelu(hk.Linear(2 * D)(h)))

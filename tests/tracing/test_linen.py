@@ -22,7 +22,9 @@ class Block(nn.Module):
             return nn.LayerNorm(use_fast_variance=self.fast, dtype=self.dtype, name=name)
 
         def attend(name, h, kv=None):
-            return nn.MultiHeadDotProductAttention(2, dtype=self.dtype, name=name)(h, kv, mask=mask if kv is None else None)
+            return nn.MultiHeadDotProductAttention(2, dtype=self.dtype, name=name)(
+                h, kv, mask=mask if kv is None else None
+            )
 
         def mlp(h):
             return nn.Dense(D, dtype=self.dtype)(nn.gelu(nn.Dense(2 * D, dtype=self.dtype)(h)))
@@ -64,7 +66,9 @@ class GPT(nn.Module):
         cls = nn.remat(Block) if self.remat else Block
         if self.scan:
             body = nn.scan(
-                lambda m, x, _: (m(x, mask), None), variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
+                lambda m, x, _: (m(x, mask), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
                 length=self.layers,
             )
             x, _ = body(cls(**options, name="blocks"), x, None)
@@ -159,7 +163,9 @@ class ViT(nn.Module):
         x = nn.Conv(D, (2, 2), strides=(2, 2), padding="VALID", name="patch")(images)
         x = x.reshape(x.shape[0], -1, D)
         n = x.shape[1]
-        position = jnp.asarray(sincos(n, D)) if self.sincos else self.param("pos", nn.initializers.normal(1.0), (1, n, D))[0]
+        position = (
+            jnp.asarray(sincos(n, D)) if self.sincos else self.param("pos", nn.initializers.normal(1.0), (1, n, D))[0]
+        )
         x = x + position[None]
         extra = [self.param("cls", nn.initializers.normal(1.0), (1, 1, D))] if self.pool == "class" else []
         if self.registers:

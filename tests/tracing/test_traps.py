@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prenorm_jax.tracing import ConversionError, convert
+from prenorm_jax.tracing.decision import decide
 from prenorm_jax.tracing.shift import Shifts
+from prenorm_jax.tracing.signature import Arguments, trace_program
 from prenorm_jax.tracing.zero_mean import ZeroMean
 
 PROGRAMS = int(os.environ.get("PRENORM_TRAPS", "60"))
@@ -27,7 +29,11 @@ class Leaves:
         self.params = params
 
     def matrix(self, k, shape=(D, D)):
-        return self.params[f"m{k % 4}"] if shape == (D, D) else self.params[f"up{k % 2}" if shape == (D, H) else f"down{k % 2}"]
+        return (
+            self.params[f"m{k % 4}"]
+            if shape == (D, D)
+            else self.params[f"up{k % 2}" if shape == (D, H) else f"down{k % 2}"]
+        )
 
     def vector(self, k):
         return self.params[f"v{k % 4}"][None, None]
@@ -36,7 +42,15 @@ class Leaves:
 def parameters():
     rng = np.random.default_rng(0)
     shapes = {f"m{k}": (D, D) for k in range(4)} | {f"v{k}": (D,) for k in range(4)}
-    shapes |= {"up0": (D, H), "up1": (D, H), "down0": (H, D), "down1": (H, D), "emb": (7, D), "pos": (L, D), "head": (D, 3)}
+    shapes |= {
+        "up0": (D, H),
+        "up1": (D, H),
+        "down0": (H, D),
+        "down1": (H, D),
+        "emb": (7, D),
+        "pos": (L, D),
+        "head": (D, 3),
+    }
     shapes |= {"stack": (2, D, D), "stack_bias": (2, D)}
     return {name: jnp.asarray(rng.standard_normal(s) + 0.3) for name, s in shapes.items()}
 
@@ -225,11 +239,36 @@ def inputs():
 
 
 @settings(max_examples=PROGRAMS, deadline=None, suppress_health_check=list(HealthCheck), derandomize=PROGRAMS <= 60)
-@given(programs, st.sampled_from(["pays", "always", "never"]))
-def test_random_programs_stay_the_same(program, activations):
+@given(programs, st.sampled_from(["pays", "always", "never"]), st.booleans())
+def test_random_programs_stay_the_same(program, activations, fold):
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
-        out = convert(build(program), parameters(), *inputs(), partial=True, activations=activations)
+        out = convert(build(program), parameters(), *inputs(), partial=True, activations=activations, fold=fold)
         assert out.report.error <= 1e-10, out.report
+
+
+@settings(
+    max_examples=max(PROGRAMS // 10, 10),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=PROGRAMS <= 60,
+)
+@given(programs, st.sampled_from(["pays", "always"]))
+def test_gradients_of_random_programs_stay_the_same(program, activations):
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+        params, rest = parameters(), inputs()
+        arguments = Arguments.of(params, rest)
+        before = trace_program(build(program), arguments).program
+        floats = range(arguments.n_params)
+        decision, _, after = decide(before, arguments.paths, floats, activations, fold=False)
+        leaves = jax.tree.leaves(params)
+
+        def loss(run, leaves):
+            return sum(jnp.sum(jnp.sin(y)) for y in run([*leaves, *rest]))
+
+        wanted = jax.grad(lambda a: loss(lambda args: before(*args), a))(leaves)
+        found = jax.grad(lambda a: loss(lambda args: after(*decision.prepared(args)), a))(leaves)
+        for a, b in zip(wanted, found, strict=True):
+            np.testing.assert_allclose(b, a, rtol=1e-8, atol=1e-8 * (1 + float(jnp.max(jnp.abs(a)))))
 
 
 def test_the_search_converts_something():
@@ -241,13 +280,14 @@ def test_the_search_converts_something():
 def forced(monkeypatch, program):
     with jax.numpy_rank_promotion("allow"):
         convert(build(program), parameters(), *inputs(), partial=True, activations="always")
-        with pytest.raises(ConversionError, match="verification failed"):
-            with monkeypatch.context() as m:
-                yield m
-                convert(build(program), parameters(), *inputs(), partial=True, activations="always")
+        with pytest.raises(ConversionError, match="verification failed"), monkeypatch.context() as m:
+            yield m
+            convert(build(program), parameters(), *inputs(), partial=True, activations="always")
 
 
-@pytest.mark.parametrize("program", [(0, [(0, 0, 6, 0)], 0, 0), (0, [(0, 0, 0, 0)], 0, 4)], ids=["raw reader", "mean returned"])
+@pytest.mark.parametrize(
+    "program", [(0, [(0, 0, 6, 0)], 0, 0), (0, [(0, 0, 0, 0)], 0, 4)], ids=["raw reader", "mean returned"]
+)
 def test_a_shift_believed_wrongly_is_caught(monkeypatch, program):
     for m in forced(monkeypatch, program):
         m.setattr(Shifts, "may_shift", lambda self, var, axes: True)

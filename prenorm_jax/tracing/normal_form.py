@@ -1,0 +1,214 @@
+"""A traced program in normal form, on which the two analyses (`shift`, `zero_mean`) are easy to state.
+
+  * Calls that mean nothing but grouping (`jit`, `closed_call`, ...) are inlined.
+  * One value, one variable: common subexpressions are merged, so "the mean of x" computed twice is one variable.
+  * Scalar arithmetic on literals is evaluated (`jnp.var` hides `d - ddof` and a `where` behind it), and a product with an array of
+    one number is a sum.
+  * `scan`, `while`, `cond`, `remat` and custom derivative calls stay, each with a body of its own variables.
+  * What no result and no effect needs is gone.
+Nothing here changes a value, an effect or the order of effects.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+
+from prenorm_jax.tracing.jaxprs import (
+    CUSTOM,
+    INLINED,
+    Program,
+    bodies_in,
+    close_like,
+    is_float,
+    is_program,
+    is_var,
+    literal,
+    live_eqns,
+    names,
+    open_program,
+    remake,
+    scalar_value,
+    shape_of,
+    sub_program,
+    uniform_value,
+)
+
+_FOLDABLE = names(
+    "add sub mul div neg max min sqrt rsqrt integer_pow square convert_element_type lt le gt ge eq ne not and or"
+)
+
+
+class _Normalizer:
+    """Rewrites one body at a time; fresh variables everywhere, so that no two bodies share one."""
+
+    def __init__(self, inline_custom: bool):
+        self.inline_custom = inline_custom
+        self.uniform: dict[Any, float] = {}  # variables that hold one number everywhere
+
+    def number(self, atom: Any) -> float | None:
+        """The number that an array of more than one entry holds everywhere, if that is known."""
+        return self.uniform.get(atom) if is_var(atom) else uniform_value(atom.val)
+
+    def body(self, jaxpr: Any, const_atoms: list) -> Any:
+        env: dict = {}
+        eqns: list = []
+        seen: dict = {}
+        env.update(zip(jaxpr.constvars, const_atoms, strict=True))
+        invars = [jex.Var(v.aval) for v in jaxpr.invars]
+        env.update(zip(jaxpr.invars, invars, strict=True))
+        self.emit(jaxpr, env, eqns, seen, "")
+        outvars = [_read(env, a) for a in jaxpr.outvars]
+        return remake(jaxpr, [*invars, *filter(is_var, const_atoms)], outvars, live_eqns(eqns, outvars))
+
+    def emit(self, jaxpr: Any, env: dict, eqns: list, seen: dict, scope: str) -> None:
+        for eqn in jaxpr.eqns:
+            name = eqn.primitive.name
+            args = [_read(env, a) for a in eqn.invars]
+            if self._inlines(eqn, name):
+                inner, consts = sub_program(eqn.params, "jaxpr" if "jaxpr" in eqn.params else "call_jaxpr")
+                inner_env = dict(zip(inner.invars, args, strict=True))
+                inner_env.update({v: literal(c, v.aval) for v, c in zip(inner.constvars, consts, strict=True)})
+                self.emit(inner, inner_env, eqns, seen, _join(scope, eqn))
+                outs = [_read(inner_env, a) for a in inner.outvars]
+            elif (as_sum := _as_sum(eqn, name, args, [self.number(a) for a in args])) is not None:
+                inner, _ = open_program(as_sum)
+                inner_env = dict(zip(inner.invars, args, strict=True))
+                self.emit(inner, inner_env, eqns, seen, _join(scope, eqn))
+                outs = [_read(inner_env, inner.outvars[0])]
+            else:
+                outs = self._simplified(eqn, name, args) or self._eqn(eqn, args, eqns, seen, scope)
+            env.update(zip(eqn.outvars, outs, strict=True))
+
+    def _inlines(self, eqn: Any, name: str) -> bool:
+        if name in CUSTOM:
+            return self.inline_custom
+        if name not in INLINED:
+            return False
+        shardings = [*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ())]
+        return all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
+
+    def _simplified(self, eqn: Any, name: str, args: list) -> list | None:
+        out = eqn.outvars[0] if len(eqn.outvars) == 1 else None
+        if out is None or eqn.effects:
+            return None
+        if name == "select_n" and scalar_value(args[0]) is not None:
+            chosen = args[1 + int(args[0].val)]
+            return [chosen] if chosen.aval.shape == out.aval.shape else None
+        if name == "convert_element_type" and args[0].aval == out.aval:
+            return [args[0]]
+        if name in _FOLDABLE and shape_of(out) == () and all(scalar_value(a) is not None for a in args):
+            with jax.ensure_compile_time_eval():
+                value = eqn.primitive.bind(*(np.asarray(a.val, a.aval.dtype) for a in args), **eqn.params)
+            return [literal(np.asarray(value), out.aval)]
+        return None
+
+    def _eqn(self, eqn: Any, args: list, eqns: list, seen: dict, scope: str) -> list:
+        params = {k: self._param(v) for k, v in eqn.params.items()}
+        key = None
+        if not eqn.effects and not bodies_in(eqn.params):
+            key = (eqn.primitive, tuple(_key(a) for a in args), _params_key(eqn.params), tuple(map(str, _avals(eqn))))
+            if key in seen:
+                return seen[key]
+        outs = [jex.Var(v.aval) for v in eqn.outvars]
+        new = eqn.replace(invars=args, outvars=outs, params=params)
+        eqns.append(_rescope(new, scope))
+        if eqn.primitive.name == "broadcast_in_dim" and scalar_value(args[0]) is not None:
+            self.uniform[outs[0]] = scalar_value(args[0])
+        if key is not None:
+            seen[key] = outs
+        return outs
+
+    def _param(self, value: Any) -> Any:
+        if isinstance(value, (tuple, list)) and value and all(is_program(v) for v in value):
+            return type(value)(self._param(v) for v in value)
+        if not is_program(value):
+            return value
+        jaxpr, consts = open_program(value)
+        new = self.body(jaxpr, [literal(c, v.aval) for v, c in zip(jaxpr.constvars, consts, strict=True)])
+        return close_like(value, new)
+
+
+def _as_sum(eqn: Any, name: str, args: list, numbers: list[float | None]) -> Any:
+    """A product with an array of one number, as a sum times that number: means are also taken as x @ (ones / d)."""
+    uniform = [k for k, number in enumerate(numbers) if number is not None] if name == "dot_general" else []
+    if len(uniform) != 1 or any(a.aval.dtype != eqn.outvars[0].aval.dtype or not is_float(a) for a in args):
+        return None
+    k = uniform[0]
+    sums, batches = eqn.params["dimension_numbers"]
+    shape, out = shape_of(args[1 - k]), shape_of(eqn.outvars[0])
+    free = [a for a in range(len(shape)) if a not in sums[1 - k] and a not in batches[1 - k]]
+    order = [*batches[1 - k], *free]
+    start = len(out) - len(free) if k == 0 else len(batches[0])
+    places = [*range(len(batches[0])), *range(start, start + len(free))]
+
+    def rewritten(*pair: Any) -> Any:
+        kept = jax.lax.reduce_sum(pair[1 - k], tuple(sums[1 - k]))
+        left = [a for a in range(len(shape)) if a not in sums[1 - k]]
+        kept = jax.lax.transpose(kept, [left.index(a) for a in order])
+        return jax.lax.broadcast_in_dim(kept * np.asarray(numbers[k], kept.dtype), out, places)
+
+    return jax.make_jaxpr(rewritten)(*(jax.ShapeDtypeStruct(shape_of(a), a.aval.dtype) for a in args))
+
+
+def _join(scope: str, eqn: Any) -> str:
+    stack = str(eqn.source_info.name_stack)
+    return "/".join(s for s in (scope, stack) if s)
+
+
+def _rescope(eqn: Any, scope: str) -> Any:
+    """Keep the outer name scopes of an inlined equation (they locate it in the report and in profiles)."""
+    if not scope:
+        return eqn
+    info = eqn.source_info
+    try:
+        return eqn.replace(source_info=info.replace(name_stack=_stack_of(info.name_stack, scope)))
+    except (AttributeError, TypeError):
+        return eqn
+
+
+def _stack_of(stack: Any, scope: str) -> Any:
+    outer = type(stack)()
+    for name in scope.split("/"):
+        outer = outer.extend(name)
+    return outer + stack
+
+
+def _read(env: dict, atom: Any) -> Any:
+    return env[atom] if is_var(atom) else atom
+
+
+def _avals(eqn: Any) -> list:
+    return [v.aval for v in eqn.outvars]
+
+
+def _key(atom: Any) -> Any:
+    if is_var(atom):
+        return id(atom)
+    value = np.asarray(atom.val) if np.shape(atom.val) == () else None
+    return (str(atom.aval), value.tobytes() if value is not None else id(atom))
+
+
+def _params_key(params: dict) -> Any:
+    items = []
+    for name, value in sorted(params.items()):
+        try:
+            hash(value)
+            items.append((name, type(value), value))
+        except TypeError:
+            items.append((name, id(value)))
+    return tuple(items)
+
+
+def normalize(closed: Any, inline_custom: bool = False) -> Program:
+    """Bring the output of `jax.make_jaxpr` into normal form. Values, effects and their order are unchanged."""
+    jaxpr, consts = open_program(closed)
+    constvars = [jex.Var(v.aval) for v in jaxpr.constvars]
+    normalizer = _Normalizer(inline_custom)
+    numbers = ((v, uniform_value(c)) for v, c in zip(constvars, consts, strict=True))
+    normalizer.uniform.update({v: n for v, n in numbers if n is not None})
+    body = normalizer.body(jaxpr, constvars)
+    return Program(body, list(consts))
