@@ -185,10 +185,13 @@ def _resolve(branch: MainBranch, shapes: Mapping[str, tuple[int, ...]]) -> Resol
             raise LayoutError(
                 f"{path} {shape}: no rule covers it; name it as a writer, as a norm's scale or bias, as a reader or its bias, or in others"
             )
+    # A linear map from a norm straight to the main branch is a writer and a reader, and its bias a writer and a reader's bias.
     axes = dict(writers)
+    biases = {r.bias for n in norms for r in n.readers}
     for path, rules in covered.items():
         reads = [r.axis for n in norms for r in n.readers if r.kernel == path]
-        if len(rules) > 1 and not (len(rules) == 2 and path in axes and len(reads) == 1 and reads[0] != axes[path]):
+        both = len(rules) == 2 and path in axes and (path in biases or (len(reads) == 1 and reads[0] != axes[path]))
+        if len(rules) > 1 and not both:
             tied = path in axes and bool(reads)
             advice = (
                 "untie it, or keep the norm's affine (keep=...) and recenter what the table writes"

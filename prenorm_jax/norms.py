@@ -145,20 +145,23 @@ def _forward(x: Array, scale: Array | None, bias: Array | None, kind: _Kind) -> 
         y = y + _row(bias, y)
     if kind.spare_lane:
         y = jnp.where(_spare(y), 1, y)
-    return y.astype(x.dtype), (x, r, scale, bias)
+    # Of the bias, the backward pass needs the dtype alone.
+    return y.astype(x.dtype), (x, r, scale, None if bias is None else bias[:0])
 
 
 def _backward(kind: _Kind, residuals: Any, dy: Array) -> tuple[Array, Array | None, Array | None]:
-    x, r, scale, bias = residuals
+    x, r, scale, no_bias = residuals
     xhat = _live(x, kind)
     dy = dy.astype(xhat.dtype)
     if kind.spare_lane:
         dy = jnp.where(_spare(dy), 0, dy)
     rows = tuple(range(x.ndim - 1))
     dscale = None if scale is None else jnp.sum(dy * xhat * r, axis=rows).astype(scale.dtype)
-    dbias = None if bias is None else jnp.sum(dy, axis=rows).astype(bias.dtype)
+    dbias = None if no_bias is None else jnp.sum(dy, axis=rows).astype(no_bias.dtype)
 
     g = dy if scale is None else dy * _row(scale, dy)
+    if kind.spare_lane:
+        g = jnp.where(_spare(g), 0, g)
     direction = xhat + jnp.sum(xhat, axis=-1, keepdims=True) if kind.squared_sum else xhat
     dx = r * g - (r**3 / kind.divisor) * jnp.sum(g * xhat, axis=-1, keepdims=True) * direction
     if kind.centred:

@@ -58,11 +58,12 @@ def zero_mean_gauge(params: Tree, spec: MainBranch) -> Tree:
 def compress(params: Tree, spec: MainBranch, basis: str = "reflect") -> Tree:
     """Width d -> d - 1 (identity 3 and its reflection): parameters for CRMSNorm. Folds and recenters what is not yet so.
 
-    Raises: LayoutError for a tree that is compressed already (where the description knows the width), or whose main branch is
-      narrower than 2; ValueError for an unknown basis.
+    Raises: LayoutError for a tree that is compressed already (where the description knows the width), is packed, or whose main
+      branch is narrower than 2; ValueError for an unknown basis.
     """
     maps = basis_maps(basis)
     found = spec.resolve(params)
+    _refuse_packed(params, found)
     if found.lanes < 2 or (found.width is not None and found.lanes != found.width):
         raise LayoutError(
             f"compress: the main branch has {found.lanes} lanes; expected the nominal width {found.width or '>= 2'}"
@@ -127,9 +128,10 @@ def to_pre_crmsnorm(params: Tree, spec: MainBranch, basis: str = "reflect") -> T
 def to_pre_ln(params: Tree, spec: MainBranch, basis: str = "reflect") -> Tree:
     """Back to Pre-LN of width d, from Pre-RMSNorm (the identity on weights) or compact Pre-CRMSNorm (decompress).
 
-    Raises: LayoutError where the description does not tell the nominal width: the two can't be told apart then.
+    Raises: LayoutError where the description does not tell the nominal width: the two can't be told apart then; and for a packed tree.
     """
     found = spec.resolve(params)
+    _refuse_packed(params, found)
     if found.width is None:
         raise LayoutError(
             "to_pre_ln: the description has no width, so compressed and full trees look alike; give MainBranch(width=...)"
@@ -242,6 +244,8 @@ def _transform(
                     value = change(value, -1)
                 new[path] = _narrow(value, old[path])
     for path, axis in found.writers:
+        if path not in new:  # a reader's bias, now a row of its kernel
+            continue
         value = _wide(new[path])
         for change in writer:
             value = change(value, axis)
@@ -260,6 +264,21 @@ def _required_scale(norm: NormLeaves) -> str:
             f"norm {norm.name}: keeps its affine ({norm.keep}) but has no scale to take the constant; give it one of ones"
         )
     return norm.scale
+
+
+def _refuse_packed(params: Tree, found: Resolved) -> None:
+    """A packed tree is as wide as a full one. What gives concrete ones away: no reader has a bias, and every writer's last slice is 0."""
+    flat = leaves(params)
+    readers = [reader for norm in found.norms for reader in norm.readers if norm.keep is None]
+    writers = [(flat[path], axis) for path, axis in found.writers]
+    if not all(reader.new_bias for reader in readers) or any(isinstance(leaf, jax.core.Tracer) for leaf, _ in writers):
+        return
+    if any(np.any(np.asarray(last(leaf, axis)) != 0) for leaf, axis in writers):
+        return
+    if any(np.any(np.asarray(leaf) != 0) for leaf, _ in writers):
+        raise LayoutError(
+            f"{found.writers[0][0]}: writes nothing to the last lane, nor does any writer: this tree is packed; unpack it"
+        )
 
 
 def _check_kept(found: Resolved, reader: Sequence[Map], spare: str | None) -> None:
@@ -334,10 +353,14 @@ def _wide(leaf: Array) -> Array:
 
 
 def _narrow(value: Array, like: Array) -> Array:
-    """Back to the storage dtype and kind of array, with one rounding."""
+    """Back to the storage dtype, the kind of array and (where the shape is kept) the devices, with one rounding."""
     if isinstance(value, np.ndarray):
         value = _rounded(value, like.dtype)
-        return value if isinstance(like, np.ndarray) else jnp.asarray(value)
+        if isinstance(like, np.ndarray):
+            return value
+        concrete = isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer)
+        placed = concrete and like.committed and value.shape == like.shape
+        return jax.device_put(value, like.sharding) if placed else jnp.asarray(value)
     return value.astype(like.dtype)
 
 

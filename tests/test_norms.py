@@ -108,7 +108,8 @@ def test_the_backward_pass_keeps_the_input_and_one_reciprocal_a_row(name, affine
     x, scale, bias = (leaf if leaf is None else jnp.asarray(leaf, dtype) for leaf in arrays(affine))
     _, pull_back = jax.vjp(functools.partial(NORMS[name], eps=EPS), x, scale, bias)
     kept = sorted((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(pull_back))
-    expected = [(x.shape, dtype), ((3, 4, 1), "float32")] + [((7,), dtype)] * sum(affine)
+    # Of the bias an empty slice stays, for its dtype.
+    expected = [(x.shape, dtype), ((3, 4, 1), "float32"), *[((7,), dtype)] * affine[0], *[((0,), dtype)] * affine[1]]
     assert kept == sorted(expected)
 
 
@@ -129,10 +130,11 @@ def test_half_precision_has_wide_statistics_and_its_own_output(name, dtype):
     expected = formula(name, np.asarray(x).astype(np.float64), eps=1e-6)
     # float32 statistics leave the one rounding of the result; the mean of 100 costs LayerNorm 100 * 2^-24 of its unit
     one_rounding = float(jnp.finfo(dtype).eps) / 2 * np.abs(expected) + 1e-4
-    statistics_in_dtype = formula(name, x, eps=1e-6, xp=jnp)
-    for result, is_near in ((y, True), (statistics_in_dtype, False)):
-        error = np.abs(np.asarray(result).astype(np.float64) - expected)
-        assert np.all(error <= one_rounding) == is_near
+    assert np.all(np.abs(np.asarray(y).astype(np.float64) - expected) <= one_rounding)
+    # The control: in float16 the sum of squares overflows. (XLA may keep bfloat16 sums in float32 unasked.)
+    if dtype == "float16":
+        in_dtype = np.asarray(formula(name, x, eps=1e-6, xp=jnp)).astype(np.float64)
+        assert not np.all(np.abs(in_dtype - expected) <= one_rounding)
 
 
 @every_norm

@@ -83,7 +83,7 @@ class Decision:
         if self.folds:
             missing = set(self.folds) - set(folds_of(plan))
             if missing:
-                path = self.paths[min(f.first for f in missing)]
+                path = self.paths[min(k for f in missing for k in f.own)]
                 raise ConversionError(f"{path}: folded into its readers, but is used otherwise for these inputs")
         return _without(rewrite(plan), self.folds)
 
@@ -118,6 +118,4 @@ def _views(program: Program) -> Views:
 def _without(program: Program, folds: Sequence[Fold]) -> Program:
     if not folds:
         return program
-    return assume(
-        program, [f.bias for f in folds if f.bias is not None], [f.scale for f in folds if f.scale is not None]
-    )
+    return assume(program, [f.bias for f in folds if f.bias >= 0], [f.scale for f in folds if f.scale >= 0])

@@ -73,9 +73,10 @@ def _norm(found: NormFound, paths: list[str], shapes: list[tuple[int, ...]]) -> 
     readers = []
     for r in found.readers:
         k = r.kernel.position
-        ordered = r.bias is not None and list(r.bias_order) == sorted(r.bias_order)
-        readers.append(Reader(paths[k], r.kernel.axis - len(shapes[k]), paths[r.bias] if ordered else None))
-        if bias is not None and not ordered:
+        plain = r.bias is not None and list(r.bias_order) == sorted(r.bias_order)
+        bias_path = None if r.bias is None or not plain else paths[r.bias]
+        readers.append(Reader(paths[k], r.kernel.axis - len(shapes[k]), bias_path))
+        if bias is not None and not plain:
             keep = keep or f"{paths[k]} can take no bias"
     if keep is not None:
         return None if scale is None and bias is None else Norm((), scale, bias, found.eps, keep)

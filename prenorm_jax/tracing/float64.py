@@ -115,7 +115,8 @@ def _scan(eqn: Any, args: list) -> list:
 
     length, reverse = eqn.params["length"], eqn.params["reverse"]
     final, ys = jax.lax.scan(  # type: ignore[var-annotated]
-        step, tuple(map(_strong, carry)), tuple(xs), length=length, reverse=reverse)
+        step, tuple(map(_strong, carry)), tuple(xs), length=length, reverse=reverse
+    )
     return [*final, *ys]
 
 

@@ -16,53 +16,49 @@ from prenorm_jax.tracing.plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class Taker:
-    """One reader: the kernel at `kernel`, contracted along its axis `axis`; how scale and bias line up with it; and its bias."""
+    """One reader: the kernel at `kernel`, contracted along its axis `axis`, and its bias."""
 
     kernel: int
     axis: int
-    scale: Alignment | None
-    shift: Alignment | None
-    bias: int | None
+    scale: Alignment  # how the norm's scale lines up with the kernel's leaf; () if it has none
+    shift: Alignment  # and its bias
+    bias: int  # -1 if there is none
     bias_order: tuple[int, ...]  # the kernel's other axes, in the order of the bias's
 
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """One norm's affine and the readers that take it, by position among the arguments."""
+    """One norm's affine and the readers that take it, by position among the arguments; -1 for what it does not have."""
 
-    scale: int | None
-    bias: int | None
+    scale: int
+    bias: int
     takers: tuple[Taker, ...]
 
     @property
-    def first(self) -> int:
-        """The argument to name it by."""
-        return min(k for k in (self.scale, self.bias) if k is not None)
+    def own(self) -> set[int]:
+        """The norm's own leaves."""
+        return {self.scale, self.bias} - {-1}
 
     def positions(self) -> set[int]:
         """All arguments that it changes."""
-        own = {k for k in (self.scale, self.bias) if k is not None}
-        return (
-            own
-            | {t.kernel for t in self.takers}
-            | {t.bias for t in self.takers if t.bias is not None and self.bias is not None}
-        )
+        biases = {t.bias for t in self.takers} if self.bias >= 0 else set()
+        return self.own | {t.kernel for t in self.takers} | biases
 
     def applied(self, arrays: list[Any]) -> list[Any]:
         """The arguments with the affine moved."""
         arrays = list(arrays)
         for t in self.takers:
             kernel = arrays[t.kernel]
-            if self.bias is not None:
+            if self.bias >= 0:
                 taken = (kernel * lined_up(arrays[self.bias], kernel.ndim, t.shift)).sum(t.axis, keepdims=True)
-                order = [*t.bias_order, t.axis]
                 old = arrays[t.bias]
-                arrays[t.bias] = (old + taken.transpose(order).reshape(old.shape)).astype(old.dtype)
-            if self.scale is not None:
+                moved = taken.transpose([*t.bias_order, t.axis]).reshape(old.shape)
+                arrays[t.bias] = (old + moved).astype(old.dtype)
+            if self.scale >= 0:
                 arrays[t.kernel] = (kernel * lined_up(arrays[self.scale], kernel.ndim, t.scale)).astype(kernel.dtype)
-        if self.scale is not None:
+        if self.scale >= 0:
             arrays[self.scale] = arrays[self.scale] * 0 + 1
-        if self.bias is not None:
+        if self.bias >= 0:
             arrays[self.bias] = arrays[self.bias] * 0
         return arrays
 
@@ -83,18 +79,11 @@ def _fold(norm: NormFound) -> Fold | None:
         return None
     takers = []
     for reader in norm.readers:
-        if norm.bias is not None and reader.bias is None:
+        scale = reader.lined_up_with(norm.scale) if norm.scale is not None else ()
+        shift = reader.lined_up_with(norm.bias) if norm.bias is not None else ()
+        if scale is None or shift is None or (norm.bias is not None and reader.bias is None):
             return None
-        takers.append(
-            Taker(
-                reader.kernel.position,
-                reader.kernel.axis,
-                norm.scale and reader.lined_up_with(norm.scale),
-                norm.bias and reader.lined_up_with(norm.bias),
-                reader.bias,
-                reader.bias_order,
-            )
-        )
-        if (norm.scale and takers[-1].scale is None) or (norm.bias and takers[-1].shift is None):
-            return None
-    return Fold(norm.scale and norm.scale.position, norm.bias and norm.bias.position, tuple(takers))
+        bias = -1 if reader.bias is None else reader.bias
+        takers.append(Taker(reader.kernel.position, reader.kernel.axis, scale, shift, bias, reader.bias_order))
+    scale_at = -1 if norm.scale is None else norm.scale.position
+    return Fold(scale_at, -1 if norm.bias is None else norm.bias.position, tuple(takers))

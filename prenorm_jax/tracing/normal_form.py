@@ -116,8 +116,9 @@ class _Normalizer:
         outs = [jex.Var(v.aval) for v in eqn.outvars]
         new = eqn.replace(invars=args, outvars=outs, params=params)
         eqns.append(_rescope(new, scope))
-        if eqn.primitive.name == "broadcast_in_dim" and scalar_value(args[0]) is not None:
-            self.uniform[outs[0]] = scalar_value(args[0])
+        number = scalar_value(args[0]) if eqn.primitive.name == "broadcast_in_dim" else None
+        if number is not None:
+            self.uniform[outs[0]] = number
         if key is not None:
             seen[key] = outs
         return outs
@@ -193,7 +194,7 @@ def _key(atom: Any) -> Any:
 
 
 def _params_key(params: dict) -> Any:
-    items = []
+    items: list[Any] = []
     for name, value in sorted(params.items()):
         try:
             hash(value)

@@ -69,7 +69,9 @@ class Report:
         ]
         head = ("", "width", "runs", "where", "reason")
         widths = [max(len(r[k]) for r in [head, *rows]) for k in range(4)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(r[:4], widths, strict=True)), r[4]]).rstrip() for r in [head, *rows]]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(r[:4], widths, strict=True)), r[4]]).rstrip() for r in [head, *rows]
+        ]
         lines.append(f"{self.converted} of {len(self.sites)} LayerNorms converted")
         lines.append(f"feature reductions     {self.reductions_before} -> {self.reductions_after}")
         for path, axes in self.leaves:
@@ -105,7 +107,7 @@ def report_of(plan: Plan, program: Program, decision: Decision) -> Report:
         _feature_sums(plan.flow, widths),
         _feature_sums(Flow(program), widths),
         absorbed=tuple(paths[a.scale] for a in decision.absorbed),
-        folded=tuple(paths[k] for f in decision.folds for k in (f.scale, f.bias) if k is not None),
+        folded=tuple(paths[k] for f in decision.folds for k in (f.scale, f.bias) if k >= 0),
         unknown=_unknown(plan),
     )
 

@@ -43,7 +43,7 @@ class Arguments:
         """What a trace depends on."""
         avals = tuple((np.shape(a), str(jnp.result_type(a)), bool(getattr(a, "weak_type", False))) for a in self.arrays)
         statics = tuple(_Same(leaf) for leaf, array in zip(self.leaves, self.is_array, strict=True) if not array)
-        config = (jax.config.read("jax_enable_x64"), jax.config.read("jax_default_matmul_precision"))
+        config = (jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
         return (self.tree, avals, statics, config)
 
     def unflatten(self, arrays: list[Any]) -> tuple[Any, tuple[Any, ...]]:

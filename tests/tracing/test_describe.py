@@ -29,7 +29,8 @@ def test_transforms_follow_a_found_description(model, x):
 def test_gpt_is_described_leaf_by_leaf():
     model = GPT()
     branch = trace(model.apply, widened(build(model, tokens())), tokens())
-    assert branch.width == 8 and branch.others == ("params/Dense_0/kernel",)
+    assert branch.width == 8
+    assert branch.others == ("params/Dense_0/kernel",)
     assert {w.leaf: w.axis for w in branch.writers}["params/block0/attn/out/kernel"] == -1
     first = next(n for n in branch.norms if n.scale == "params/block0/ln1/scale")
     assert first.eps == pytest.approx(1e-6)

@@ -34,7 +34,7 @@ def test_haiku_gpt(check):
     model = hk.without_apply_rng(hk.transform(haiku_gpt))
     with jax.numpy_rank_promotion("allow"):
         params = model.init(jax.random.key(0), tokens())
-        check(model.apply, params, tokens(), sites=5, others=[(tokens(3, 5),)])
+        check(model.apply, params, tokens(), sites=5, others=[(tokens(3, 5),)], grads=True)
 
 
 class Block(eqx.Module):
@@ -76,7 +76,7 @@ class GPT(eqx.Module):
 def test_equinox_gpt(check):
     params, static = eqx.partition(GPT(jax.random.key(0)), eqx.is_inexact_array)
     fn = lambda p, t: jax.vmap(eqx.combine(p, static))(t)  # noqa: E731
-    check(fn, params, tokens(), sites=5, others=[(tokens(3, 5),)])
+    check(fn, params, tokens(), sites=5, others=[(tokens(3, 5),)], grads=True)
 
 
 def test_a_whole_equinox_module_as_parameters(check):

@@ -154,7 +154,13 @@ def tokens(b=B, n=L):
 def test_every_form_of_layer_norm(check, norm):
     tol = 1e-5 if norm is wide_norm else 1e-10
     out = check(
-        gpt(norm), gpt_params(1), tokens(), sites=3, tol=tol, others=[(tokens(3, 6),)], grads=norm is not wide_norm
+        gpt(norm),
+        gpt_params(1),
+        tokens(),
+        sites=3,
+        tol=tol,
+        others=[(tokens(3, 6),)],
+        grads=norm in (rsqrt_norm, folded_norm),
     )
     sums = 1 if "einsum" in norm.__name__ else 2  # a contraction of two values counts as a product, not as a sum
     assert out.report.error <= 1e-10
@@ -163,7 +169,7 @@ def test_every_form_of_layer_norm(check, norm):
 
 @pytest.mark.parametrize("kind", ["rotary", "alibi"])
 def test_positions_in_attention(check, kind):
-    check(gpt(**{kind: True}), gpt_params(1), tokens(), sites=3, grads=False)
+    check(gpt(**{kind: True}), gpt_params(1), tokens(), sites=3)
 
 
 def test_layers_stacked_on_axis_one(check):
@@ -176,9 +182,10 @@ def test_layers_stacked_on_axis_one(check):
         x, _ = jax.lax.scan(lambda x, b: (block(x, b, rsqrt_norm), None), x, stacked)
         return rsqrt_norm(x, p["final"]) @ p["head"]
 
-    out = check(fn, params, tokens(), sites=3, fold=True, grads=False)
+    out = check(fn, params, tokens(), sites=3, fold=True)
     leaves = dict(out.report.leaves)
-    assert leaves["blocks/down"] == (-1,) and leaves["blocks/down_b"] == (-2,)
+    assert leaves["blocks/down"] == (-1,)
+    assert leaves["blocks/down_b"] == (-2,)
     assert {"blocks/ln2/scale", "blocks/ln2/bias"} <= set(out.report.folded)
 
 
@@ -192,7 +199,7 @@ def test_layers_taken_from_a_stack_by_index(check):
             x = block(x, jax.tree.map(lambda a, k=k: a[k], p["blocks"]), rsqrt_norm)
         return rsqrt_norm(x, p["final"]) @ p["head"]
 
-    check(fn, params, tokens(), sites=5, grads=False)
+    check(fn, params, tokens(), sites=5)
 
 
 def test_one_block_used_at_every_depth(check):
@@ -207,7 +214,6 @@ def test_one_block_used_at_every_depth(check):
         {"emb": normal(V, D), "block": block_params(), "final": affine(), "head": normal(D, V)},
         tokens(),
         sites=5,
-        grads=False,
     )
 
 
@@ -223,7 +229,7 @@ def test_a_leaf_that_reads_and_writes_in_a_loop(check):
 
     params = {"in": normal(5, D), "ln": affine(), "w": normal(D, D)}
     for n in (0, 3):
-        check(fn, params, normal(B, L, 5), jnp.asarray(n), sites=2, added=1, grads=False)
+        check(fn, params, normal(B, L, 5), jnp.asarray(n), sites=2, added=1)
 
 
 def test_writers_in_a_while_loop(check):
@@ -236,7 +242,7 @@ def test_writers_in_a_while_loop(check):
 
     params = {"in": normal(5, D), "ln": affine(), "w": normal(D, 6), "out": normal(6, D), "head": normal(D, 3)}
     for n in (0, 3):
-        check(fn, params, normal(B, L, 5), jnp.asarray(n), sites=2, grads=False)
+        check(fn, params, normal(B, L, 5), jnp.asarray(n), sites=2)
 
 
 def test_lora_recenters_the_last_factor(check):
@@ -249,8 +255,9 @@ def test_lora_recenters_the_last_factor(check):
         x = x + h @ p["blocks"][0]["down"] + 0.5 * (h @ p["a"]) @ p["b"]
         return rsqrt_norm(x, p["final"]) @ p["head"]
 
-    out = check(fn, params, tokens(), sites=2)
-    assert ("b", (-1,)) in out.report.leaves and "a" not in dict(out.report.leaves)
+    out = check(fn, params, tokens(), sites=2, grads=True)
+    assert ("b", (-1,)) in out.report.leaves
+    assert "a" not in dict(out.report.leaves)
 
 
 def test_merged_lora_is_recentered_in_both_summands(check):
@@ -295,7 +302,8 @@ def test_fold_leaves_ones_and_zeros_that_are_not_looked_at(check):
     assert {"blocks/0/ln2/scale", "blocks/0/ln2/bias"} <= set(out.report.folded)
     assert "final/scale" not in out.report.folded  # its reader has no bias that could take beta
     ln2 = out.params["blocks"][0]["ln2"]
-    assert jnp.all(ln2["scale"] == 1) and jnp.all(ln2["bias"] == 0)
+    assert jnp.all(ln2["scale"] == 1)
+    assert jnp.all(ln2["bias"] == 0)
     other = jax.tree.map(lambda a: a, out.params)
     other["blocks"][0]["ln2"] = affine()
     assert jnp.array_equal(out.fn(other, tokens()), out.fn(out.params, tokens()))
@@ -313,7 +321,8 @@ def test_a_zero_scale_folds(check):
 
 def kept(fn, params, *inputs, **kw):
     out = convert(fn, params, *inputs, partial=True, **kw)
-    assert out.report.converted == 0 and out.report.error < 1e-12, f"\n{out.report}"
+    assert out.report.converted == 0, f"\n{out.report}"
+    assert out.report.error < 1e-12
     assert jax.tree.all(jax.tree.map(jnp.array_equal, out.params, params))
     return out.report.sites[0].reason if out.report.sites else ""
 
@@ -339,7 +348,7 @@ SMALL = {"w": normal(5, D), "ln": affine(), "head": normal(D, 3), "raw": normal(
             "output 0 of the program",
         ),
         (lambda p, x: rsqrt_norm(x @ p["w"], p["ln"]) @ p["head"] + jnp.sum(p["w"] ** 2), "a mean of it is used in"),
-        (lambda p, x: jax.lax.stop_gradient((x @ p["w"]).mean(-1, keepdims=True)) - (x @ p["w"]), "stop_gradient"),
+        (lambda p, x: (x @ p["w"]) - jax.lax.stop_gradient((x @ p["w"]).mean(-1, keepdims=True)), ""),
         (lambda p, x: rsqrt_norm(x @ p["w"], p["ln"]) * jnp.exp(x @ p["w"]), "exp reads its mean"),
         (lambda p, x: rsqrt_norm(jnp.fft.fft(x @ p["w"]).real, p["ln"]) @ p["head"], "does not pay"),
     ],
@@ -356,7 +365,7 @@ SMALL = {"w": normal(5, D), "ln": affine(), "head": normal(D, 3), "raw": normal(
     ],
 )
 def test_kept_with_a_reason(fn, reason):
-    assert reason in kept(fn, SMALL, normal(B, L, 5)) or reason == "stop_gradient"
+    assert reason in kept(fn, SMALL, normal(B, L, 5))
 
 
 def test_an_unknown_primitive_is_named_and_can_be_taught():
@@ -445,7 +454,8 @@ def test_single_precision_programs_convert_in_a_single_precision_process():
     with jax.enable_x64(False):
         params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), gpt_params(1))
         out = convert(gpt(), params, tokens().astype(jnp.int32))
-        assert out.report.error < 1e-10 and out.report.converted == 3
+        assert out.report.error < 1e-10
+        assert out.report.converted == 3
         assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(out.params))
         assert float(jnp.max(jnp.abs(out.fn(out.params, tokens()) - gpt()(params, tokens())))) < 1e-4
 
