@@ -16,6 +16,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.update({"context": 512, "vocab_size": 256, "dtype": "bfloat16"})
     config.model.update({"width": 384, "depth": 6, "heads": 6, "mlp_width": 1536})
     config.optimizer.update({"learning_rate": 1e-3, "final_fraction": 0.1, "warmup_steps": 200})
-    config.train.update({"steps": 4000, "batch_size": 64, "eval_batch_size": 64, "eval_examples": 512})
-    config.train.update({"log_every": 20, "eval_every": 250, "checkpoint_every": 500})
+    config.train.update({"steps": 2000, "batch_size": 64, "eval_batch_size": 64, "eval_examples": 512})
+    config.train.update({"log_every": 20, "eval_every": 200, "checkpoint_every": 500})
     return config

@@ -3,6 +3,7 @@
 from prenorm_jax import layouts
 from prenorm_jax.main_branch import LayoutError, MainBranch, Norm, Reader, Writer
 from prenorm_jax.norms import crms_norm, crms_norm_packed, layer_norm, rms_norm
+from prenorm_jax.tracing import ConversionError, Converted, convert, trace
 from prenorm_jax.transforms import (
     compress,
     decompress,
@@ -23,12 +24,15 @@ from prenorm_jax.version import VERSION
 __version__ = VERSION
 
 __all__ = [
+    "ConversionError",
+    "Converted",
     "LayoutError",
     "MainBranch",
     "Norm",
     "Reader",
     "Writer",
     "compress",
+    "convert",
     "crms_norm",
     "crms_norm_packed",
     "decompress",
@@ -44,6 +48,7 @@ __all__ = [
     "to_pre_crmsnorm",
     "to_pre_ln",
     "to_pre_rmsnorm",
+    "trace",
     "unpack",
     "zero_mean_gauge",
 ]

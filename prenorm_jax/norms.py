@@ -149,7 +149,8 @@ def _forward(x: Array, scale: Array | None, bias: Array | None, kind: _Kind) -> 
     return y.astype(x.dtype), (x, r, scale, None if bias is None else bias[:0])
 
 
-def _backward(kind: _Kind, residuals: Any, dy: Array) -> tuple[Array, Array | None, Array | None]:
+def backward(kind: _Kind, residuals: Any, dy: Array) -> tuple[Array, Array | None, Array | None]:
+    """The backward pass of all four norms: the true derivative. Public, so that a traced norm can be told by it."""
     x, r, scale, no_bias = residuals
     xhat = _live(x, kind)
     dy = dy.astype(xhat.dtype)
@@ -171,7 +172,7 @@ def _backward(kind: _Kind, residuals: Any, dy: Array) -> tuple[Array, Array | No
     return dx.astype(x.dtype), dscale, dbias
 
 
-_norm.defvjp(_forward, _backward)
+_norm.defvjp(_forward, backward)
 
 
 def _live(x: Array, kind: _Kind) -> Array:

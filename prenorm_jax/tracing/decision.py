@@ -112,7 +112,7 @@ def decide(
 
 def _views(program: Program) -> Views:
     flow = Flow(program)
-    return Views(flow, ConstantAlong(flow))
+    return Views(flow, ConstantAlong(flow), scaled=True)
 
 
 def _without(program: Program, folds: Sequence[Fold]) -> Program:

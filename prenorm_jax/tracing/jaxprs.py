@@ -94,7 +94,7 @@ class Program:
     consts: list
 
     def __call__(self, *args: Any) -> list:
-        return jax.core.eval_jaxpr(self.jaxpr, [], *args, *self.consts)
+        return jax.core.eval_jaxpr(self.jaxpr, [], *args, *(_typed(c, v.aval) for v, c in self.constants.items()))
 
     @property
     def args(self) -> list:
@@ -138,6 +138,10 @@ def remake(jaxpr: Any, invars: list, outvars: list, eqns: list) -> Any:
 def sub_program(params: dict, key: str) -> tuple[Any, list]:
     """(jaxpr, consts) of a call's parameter."""
     return open_program(params[key])
+
+
+def _typed(value: Any, aval: Any) -> Any:
+    return value if getattr(value, "dtype", None) == aval.dtype else np.asarray(value).astype(aval.dtype)
 
 
 def bodies_in(params: dict) -> bool:

@@ -2,6 +2,7 @@
 
 A branch's output multiplied by a vector of the parameters is zero-mean only if that vector is in the writer before the writer is
 recentered. It can be, if the vector has no other use and everything between it and the writers' leaves is linear and used once.
+Numbers that multiply the vector on its way stay where they are.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import is_float, is_var, names, shape_of
+from prenorm_jax.tracing.jaxprs import is_float, is_var, names, scalar_value, shape_of
 from prenorm_jax.tracing.rules import ConstantAlong, rule_for
 
 STRUCTURAL = names(
@@ -35,10 +35,10 @@ class LeafView:
 
 
 class Views:
-    """Leaf views in one program."""
+    """Leaf views in one program; with `scaled`, also of leaves that are multiplied by a number on the way."""
 
-    def __init__(self, flow: Flow, facts: ConstantAlong):
-        self.flow, self.facts = flow, facts
+    def __init__(self, flow: Flow, facts: ConstantAlong, scaled: bool = False):
+        self.flow, self.facts, self.scaled = flow, facts, scaled
         self.positions = {var: k for k, var in enumerate(flow.program.args)}
 
     def times_used(self, var: Any) -> int:
@@ -57,6 +57,9 @@ class Views:
                 return LeafView(self.positions[var], axes[None], scans)
             if var in self.flow.definer:
                 eqn, j = self.flow.definer[var]
+                if self.scaled and (i := scaled_operand(eqn)) is not None:
+                    var = eqn.invars[i]
+                    continue
                 moved = self._back(eqn, j, axes)
                 if moved is None:
                     return None
@@ -102,7 +105,7 @@ class Views:
                 if self.flow.passed_through(eqn, i):
                     return None
                 var = inside[0][0]
-            elif eqn.primitive.name in STRUCTURAL:
+            elif eqn.primitive.name in STRUCTURAL or (self.scaled and scaled_operand(eqn) == i):
                 var = eqn.outvars[0]
             else:
                 return eqn, i
@@ -115,6 +118,15 @@ class Views:
         if len(shape) != len(out) or len(wide) != 1 or shape[wide[0]] != out[wide[0]]:
             return None
         return wide[0]
+
+
+def scaled_operand(eqn: Any) -> int | None:
+    """Which operand of an equation is multiplied or divided by a number, if that is what it does."""
+    name = eqn.primitive.name
+    numbers = [scalar_value(a) is not None for a in eqn.invars]
+    if name == "mul" and any(numbers) and not all(numbers):
+        return numbers.index(False)
+    return 0 if name == "div" and numbers == [False, True] else None
 
 
 Alignment = tuple[tuple[int, int], ...]

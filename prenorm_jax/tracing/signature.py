@@ -30,6 +30,9 @@ class Arguments:
     def of(cls, params: Any, inputs: tuple[Any, ...]) -> Arguments:
         leaves, tree = jax.tree.flatten((params, inputs))
         names = list(paths_of(params))
+        keys = jax.tree_util.tree_flatten_with_path(params)[0]
+        if len(names) != len(keys):  # two leaves of one name: spell the paths out
+            names = [jax.tree_util.keystr(path) for path, _ in keys]
         is_array = [_is_array(leaf, k >= len(names)) for k, leaf in enumerate(leaves)]
         paths = [name for name, array in zip(names, is_array[: len(names)], strict=True) if array]
         return cls(tree, leaves, is_array, len(paths), paths)

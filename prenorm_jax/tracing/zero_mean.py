@@ -94,6 +94,10 @@ class ZeroMean:
             return [] if _has_zero_mean(self._values[atom], axes) else None
         if math.prod(shape[a] for a in axes) <= 1:
             return None
+        eqn, j = self.flow.definer.get(atom, (None, 0))
+        children = self.flow.bodies_of.get(id(eqn), ())
+        if any(c.role == "custom" for c in children):
+            return None  # its derivative rule need not know that the mean is zero
         sources = self.flow.sources(atom)
         if sources is not None:
             moved = [
@@ -101,9 +105,8 @@ class ZeroMean:
                 for a, e, i, delta in ((a, e, i, -d) for a, e, i, d in sources)
             ]
             return [Need(a, x, e, i) for a, e, i, x in moved] if all(min(x) >= 0 for *_, x in moved) else None
-        if atom not in self.flow.definer:
+        if eqn is None:
             return None
-        eqn, j = self.flow.definer[atom]
         found = rule_for(eqn.primitive.name).zero(eqn, j, axes, self.shifts.facts)
         return None if found is None else [Need(eqn.invars[i], tuple(x), eqn, i) for i, x in found]
 

@@ -1,8 +1,9 @@
 """Data sets that need no download, and the grain pipelines that turn them into batches.
 
-A data set is a length and a function (index, rng) -> example, so that order, repetition, batching, prefetching and
-the saved position are grain's alone. Batches are dicts of numpy arrays: "inputs" (B, ...), "targets" (B, ...) and
-"weights" (B,), float32, which is 0 on the rows that only fill up the last batch of an evaluation.
+A data set is a length and a function (indices, rng) -> batch, so that order, repetition, batching, prefetching and the
+saved position are grain's alone, and a batch is cut out of memory by a few array operations. Batches are dicts of numpy
+arrays: "inputs" (B, ...), "targets" (B, ...) and "weights" (B,), float32, which is 0 on the rows that only fill up the
+last batch of an evaluation.
 """
 
 import dataclasses
@@ -19,7 +20,6 @@ import numpy as np
 from prenorm_jax.models.config import GPTConfig, ViTConfig
 from prenorm_jax.training.experiment import Data, Experiment
 
-Example = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
 
 
@@ -28,11 +28,11 @@ class DataError(RuntimeError):
 
 
 class Examples(Protocol):
-    """A data set: `example(index, rng)` with 0 <= index < len; `rng` draws the augmentation, None means none."""
+    """A data set. `batch` takes indices (B,) from 0 to its length; `rng` draws the augmentation, None means none."""
 
     def __len__(self) -> int: ...
 
-    def example(self, index: int, rng: np.random.Generator | None) -> Example: ...
+    def batch(self, indices: np.ndarray, rng: np.random.Generator | None) -> Batch: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +59,11 @@ def train_batches(examples: Examples, data: Data, batch_size: int) -> grain.Data
     """Endless batches; each pass has its own order. The iterator's `get_state` and `set_state` save and restore the
     position."""
 
-    def draw(index: int, rng: np.random.Generator) -> Example:
-        return examples.example(index, rng if data.augment else None)
+    def draw(indices: np.ndarray, rng: np.random.Generator) -> Batch:
+        return _with_weights(examples.batch(indices, rng if data.augment else None))
 
-    batches = (
-        grain.MapDataset.range(len(examples))
-        .seed(data.seed)
-        .shuffle()
-        .repeat()
-        .random_map(draw)
-        .batch(batch_size)
-        .map(_with_weights)
-    )
+    order = grain.MapDataset.range(len(examples)).seed(data.seed).shuffle().repeat()
+    batches = order.batch(batch_size).random_map(draw)
     prefetch = 2 * data.threads
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=prefetch)))
 
@@ -80,8 +73,8 @@ def eval_batches(examples: Examples, batch_size: int, limit: int = 0) -> Iterato
     order = grain.MapDataset.range(len(examples))
     if 0 < limit < len(examples):
         order = order.shuffle(seed=0)[:limit]
-    batches = order.map(lambda index: examples.example(index, None)).batch(batch_size).map(_with_weights)
-    return (_fill_up(batches[i], batch_size) for i in range(len(batches)))
+    batches = order.batch(batch_size)
+    return (_fill_up(_with_weights(examples.batch(batches[i], None)), batch_size) for i in range(len(batches)))
 
 
 def _with_weights(batch: Batch) -> Batch:
@@ -109,13 +102,13 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def example(self, index: int, rng: np.random.Generator | None) -> Example:
-        image = self.images[index]
+    def batch(self, indices: np.ndarray, rng: np.random.Generator | None) -> Batch:
+        images = self.images[indices]
         if rng is not None:
-            down, right = rng.integers(0, 3, size=2)
-            framed = np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=-1)
-            image = framed[down : down + 8, right : right + 8]
-        return {"inputs": image, "targets": self.labels[index]}
+            framed = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-1)
+            down, right = rng.integers(0, 3, size=(2, len(indices), 1)) + np.arange(8)
+            images = framed[np.arange(len(indices))[:, None, None], down[:, :, None], right[:, None, :]]
+        return {"inputs": images, "targets": self.labels[indices]}
 
 
 def digits(held_out_fraction: float = 0.2) -> Splits:
@@ -155,12 +148,13 @@ class Windows:
     def __len__(self) -> int:
         return max(0, len(self.tokens) - 1) // self.context
 
-    def example(self, index: int, rng: np.random.Generator | None) -> Example:
-        start = index * self.context
+    def batch(self, indices: np.ndarray, rng: np.random.Generator | None) -> Batch:
+        starts = indices * self.context
         if rng is not None:
-            start = min(start + int(rng.integers(self.context)), len(self.tokens) - self.context - 1)
-        window = self.tokens[start : start + self.context + 1].astype(np.int32)
-        return {"inputs": window[:-1], "targets": window[1:]}
+            moved = starts + rng.integers(self.context, size=len(indices))
+            starts = np.minimum(moved, len(self.tokens) - self.context - 1)
+        windows = self.tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int32)
+        return {"inputs": windows[:, :-1], "targets": windows[:, 1:]}
 
 
 def stdlib(root: str, context: int) -> Splits:
@@ -207,27 +201,28 @@ def _join(texts: list[bytes]) -> np.ndarray:
 # --- seeded noise, of the model's own shapes: for timing, there is nothing to learn in it
 
 
-@dataclasses.dataclass(frozen=True)
 class Synthetic:
-    """`examples` uniform images or token windows; each depends on (seed, split, index) alone, made when asked for."""
+    """`examples` images or token windows, each of which begins one place further in one run of noise."""
 
-    model: ViTConfig | GPTConfig
-    seed: int
-    split: int
-    examples: int
+    def __init__(self, model: ViTConfig | GPTConfig, seed: int, split: int, examples: int) -> None:
+        noise = np.random.default_rng((seed, split))
+        self.examples = examples
+        if isinstance(model, ViTConfig):
+            self.shape: tuple[int, ...] = (model.image_size, model.image_size, model.channels)
+            self.noise: np.ndarray = noise.uniform(-1, 1, size=int(np.prod(self.shape)) + examples).astype(np.float32)
+            self.labels: np.ndarray | None = noise.integers(model.classes, size=examples, dtype=np.int32)
+        else:
+            self.shape, self.labels = (model.context,), None
+            self.noise = noise.integers(model.vocab_size, size=model.context + examples, dtype=np.int32)
 
     def __len__(self) -> int:
         return self.examples
 
-    def example(self, index: int, rng: np.random.Generator | None) -> Example:
-        noise = np.random.default_rng((self.seed, self.split, index))
-        model = self.model
-        if isinstance(model, ViTConfig):
-            shape = (model.image_size, model.image_size, model.channels)
-            pixels = np.frombuffer(noise.bytes(int(np.prod(shape))), np.uint8).reshape(shape)
-            return {
-                "inputs": pixels.astype(np.float32) / 127.5 - 1,
-                "targets": np.asarray(noise.integers(model.classes), np.int32),
-            }
-        window = noise.integers(model.vocab_size, size=model.context + 1, dtype=np.int32)
-        return {"inputs": window[:-1], "targets": window[1:]}
+    def batch(self, indices: np.ndarray, rng: np.random.Generator | None) -> Batch:
+        size = int(np.prod(self.shape))
+
+        def windows(starts: np.ndarray) -> np.ndarray:
+            return np.stack([self.noise[start : start + size] for start in starts]).reshape(-1, *self.shape)
+
+        targets = windows(indices + 1) if self.labels is None else self.labels[indices]
+        return {"inputs": windows(indices), "targets": targets}

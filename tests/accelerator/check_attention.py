@@ -1,4 +1,7 @@
-"""On a GPU: cuDNN attention against the XLA form, values and gradients, even and odd lengths. Run: python tests/accelerator/check_attention.py"""
+"""On a GPU: cuDNN attention against the XLA form, values and gradients, even and odd lengths.
+
+PYTHONPATH=. python tests/accelerator/check_attention.py
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,9 @@ import numpy as np
 from prenorm_jax.models.blocks import attend
 
 for length, causal in [(196, False), (197, False), (256, True), (197, True)]:
-    q, k, v, w = (jax.random.normal(key, (4, length, 3, 64), jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4))
+    q, k, v, w = (
+        jax.random.normal(key, (4, length, 3, 64), jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4)
+    )
 
     def outputs(q, k, v, implementation, causal=causal, w=w):
         def weighted(q, k, v):
@@ -18,7 +23,13 @@ for length, causal in [(196, False), (197, False), (256, True), (197, True)]:
         return [np.asarray(x, np.float32) for x in (y, *gradients)]
 
     exact = outputs(*(x.astype(jnp.float32) for x in (q, k, v)), "xla")
-    missed = {name: [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(outputs(q, k, v, name), exact, strict=True)] for name in ("xla", "cudnn")}
+
+    def error(a, b):
+        return float(np.abs(a - b).max() / np.abs(b).max())
+
+    missed = {
+        name: [error(a, b) for a, b in zip(outputs(q, k, v, name), exact, strict=True)] for name in ("xla", "cudnn")
+    }
     print(length, causal, {name: [f"{e:.1e}" for e in found] for name, found in missed.items()})
     # bfloat16 keeps 8 bits; either form is a few roundings away from the float32 one.
     assert max(missed["cudnn"]) < 3e-2, missed

@@ -18,7 +18,7 @@ def haiku_gpt(tokens):
         table(tokens)
         + hk.get_parameter("position", [1, 16, D], init=hk.initializers.RandomNormal())[:, : tokens.shape[1]]
     )
-    for k in range(2):
+    for k in range(1):
         h = hk.LayerNorm(-1, True, True, name=f"ln1_{k}")(x)
         mask = jnp.tril(jnp.ones((1, 1, tokens.shape[1], tokens.shape[1])))
         attention = hk.MultiHeadAttention(
@@ -34,7 +34,7 @@ def test_haiku_gpt(check):
     model = hk.without_apply_rng(hk.transform(haiku_gpt))
     with jax.numpy_rank_promotion("allow"):
         params = model.init(jax.random.key(0), tokens())
-        check(model.apply, params, tokens(), sites=5, others=[(tokens(3, 5),)], grads=True)
+        check(model.apply, params, tokens(), sites=3, others=[(tokens(3, 5),)], grads=True)
 
 
 class Block(eqx.Module):
@@ -63,7 +63,7 @@ class GPT(eqx.Module):
 
     def __init__(self, key):
         self.embed, self.position = eqx.nn.Embedding(V, D, key=key), jax.random.normal(key, (16, D))
-        self.blocks = [Block(k) for k in jax.random.split(key, 2)]
+        self.blocks = [Block(k) for k in jax.random.split(key, 1)]
         self.final, self.head = eqx.nn.LayerNorm(D), eqx.nn.Linear(D, V, key=key)
 
     def __call__(self, tokens):
@@ -76,7 +76,7 @@ class GPT(eqx.Module):
 def test_equinox_gpt(check):
     params, static = eqx.partition(GPT(jax.random.key(0)), eqx.is_inexact_array)
     fn = lambda p, t: jax.vmap(eqx.combine(p, static))(t)  # noqa: E731
-    check(fn, params, tokens(), sites=5, others=[(tokens(3, 5),)], grads=True)
+    check(fn, params, tokens(), sites=3, others=[(tokens(3, 5),)], grads=True)
 
 
 def test_a_whole_equinox_module_as_parameters(check):
@@ -85,6 +85,6 @@ def test_a_whole_equinox_module_as_parameters(check):
 
     model = GPT(jax.random.key(0))
     out = convert(lambda m, t: jax.vmap(m)(t), model, tokens())
-    assert out.report.converted == 5
+    assert out.report.converted == 3
     assert isinstance(out.params, GPT)
     assert jnp.allclose(jax.vmap(model)(tokens()), out.fn(out.params, tokens()))

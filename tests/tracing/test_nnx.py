@@ -19,7 +19,7 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    def __init__(self, rngs, layers=2, scan=False):
+    def __init__(self, rngs, layers=1, scan=False):
         self.embed, self.position = nnx.Embed(V, D, dtype=jnp.float64, rngs=rngs), nnx.Param(jnp.ones((1, 16, D)))
         self.scan, self.layers = scan, layers
         if scan:
@@ -51,7 +51,7 @@ def split(model):
 
 def test_looped_gpt(check):
     fn, state = split(GPT(nnx.Rngs(0)))
-    out = check(fn, state, tokens(), sites=5, others=[(tokens(3, 6),)])
+    out = check(fn, state, tokens(), sites=3, others=[(tokens(3, 6),)])
     assert ("blocks/0/down/kernel", (-1,)) in out.report.leaves
 
 
@@ -65,6 +65,6 @@ def test_scanned_gpt(check):
 
 def test_vmapped_conversion(check):
     fn, state = split(GPT(nnx.Rngs(0)))
-    out = check(fn, state, tokens(), sites=5)
+    out = check(fn, state, tokens(), sites=3)
     batched = jax.vmap(out.fn, in_axes=(None, 0))(out.params, jnp.stack([tokens(), tokens() + 1]))
     assert batched.shape == (2, 2, 4, V)

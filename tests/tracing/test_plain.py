@@ -436,6 +436,17 @@ def test_custom_rules_off_the_stream_survive(check):
     check(fn, {**SMALL, "back": normal(3, D)}, normal(B, L, 5), sites=2)
 
 
+def test_a_custom_rule_may_not_know_that_a_mean_is_zero():
+    """The function is centering, its rule is the identity's: the norm behind it has to keep its mean for the gradients' sake."""
+
+    @jax.custom_vjp
+    def center(x):
+        return x - x.mean(-1, keepdims=True)
+
+    center.defvjp(lambda x: (center.fun(x), None), lambda _, g: (g,))
+    kept(lambda p, x: rsqrt_norm(center(x @ p["w"]), p["ln"]) @ p["head"], SMALL, normal(B, L, 5))
+
+
 def test_effects_stay_in_order(capsys):
     def fn(p, x):
         jax.debug.print("first", ordered=True)

@@ -23,9 +23,14 @@ class Numbered:
     def __len__(self) -> int:
         return self.count
 
-    def example(self, index, rng):
-        drawn = -1 if rng is None else rng.integers(1 << 30)
-        return {"inputs": np.array([index, drawn]), "targets": np.int32(index)}
+    def batch(self, indices, rng):
+        drawn = np.full(len(indices), -1) if rng is None else rng.integers(1 << 30, size=len(indices))
+        return {"inputs": np.stack([indices, drawn], axis=1), "targets": indices.astype(np.int32)}
+
+
+def one(examples, index: int, rng=None):
+    """One example, without its batch axis."""
+    return {key: x[0] for key, x in examples.batch(np.array([index]), rng).items()}
 
 
 def take(batches, count: int):
@@ -105,10 +110,10 @@ def test_digits_are_split_by_class_and_never_otherwise():
 
 def test_a_digit_moves_by_at_most_a_pixel():
     part = data.digits().train
-    plain, rng = part.example(7, None)["inputs"][..., 0], np.random.default_rng(0)
+    plain, rng = one(part, 7)["inputs"][..., 0], np.random.default_rng(0)
     framed = np.pad(plain, 1, constant_values=-1)
     allowed = {framed[i : i + 8, j : j + 8].tobytes() for i in range(3) for j in range(3)}
-    drawn = {part.example(7, rng)["inputs"][..., 0].tobytes() for _ in range(200)}
+    drawn = {one(part, 7, rng)["inputs"][..., 0].tobytes() for _ in range(200)}
     assert drawn == allowed
 
 
@@ -144,13 +149,13 @@ def test_the_hash_of_a_path_is_what_it_always_was():
 
 def test_windows_follow_each_other_and_targets_are_one_further():
     windows = data.Windows(np.arange(100, dtype=np.uint8), 8)
-    examples = [windows.example(i, None) for i in range(len(windows))]
+    examples = [one(windows, i) for i in range(len(windows))]
     np.testing.assert_array_equal(np.concatenate([e["inputs"] for e in examples]), np.arange(96))
     assert all((e["targets"] == e["inputs"] + 1).all() for e in examples)
     rng = np.random.default_rng(0)
-    starts = {int(windows.example(3, rng)["inputs"][0]) for _ in range(300)}
+    starts = {int(one(windows, 3, rng)["inputs"][0]) for _ in range(300)}
     assert starts == set(range(24, 32))
-    assert max(int(windows.example(11, rng)["targets"][-1]) for _ in range(100)) == 99
+    assert max(int(one(windows, 11, rng)["targets"][-1]) for _ in range(100)) == 99
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
@@ -181,12 +186,12 @@ def test_synthetic_examples_depend_on_seed_split_and_index_alone(model):
     experiment = dataclasses.replace(experiment, model=model, data=Data(examples=64))
     splits = data.load(experiment)
     assert (len(splits.train), len(splits.held_out)) == (64, 8)
-    one, same, other = (splits.train.example(i, None) for i in (5, 5, 6))
-    np.testing.assert_array_equal(one["inputs"], same["inputs"], strict=True)
-    assert (one["inputs"] != other["inputs"]).any()
-    assert (one["inputs"] != splits.held_out.example(5, None)["inputs"]).any()
+    first, same, other = (one(splits.train, i) for i in (5, 5, 6))
+    np.testing.assert_array_equal(first["inputs"], same["inputs"], strict=True)
+    assert (first["inputs"] != other["inputs"]).any()
+    assert (first["inputs"] != one(splits.held_out, 5)["inputs"]).any()
     shape = (4, 4, 3) if model is VIT else (6,)
-    assert one["inputs"].shape == shape
-    assert np.asarray(one["targets"]).dtype == np.int32
+    assert first["inputs"].shape == shape
+    assert np.asarray(first["targets"]).dtype == np.int32
     limit = model.classes if isinstance(model, ViTConfig) else model.vocab_size
-    assert {int(t) for i in range(64) for t in np.ravel(splits.train.example(i, None)["targets"])} == set(range(limit))
+    assert {int(t) for i in range(64) for t in np.ravel(one(splits.train, i)["targets"])} == set(range(limit))

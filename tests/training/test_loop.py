@@ -75,8 +75,8 @@ def test_evaluation_is_the_mean_over_held_out_examples(run):
     held_out = data.load(experiment).held_out
     running = models.running(params, experiment.model)
     found = loop.evaluate(experiment, held_out, running)
-    examples = [held_out.example(i, None) for i in range(len(held_out))]
-    inputs, targets = (np.stack([example[key] for example in examples]) for key in ("inputs", "targets"))
+    examples = held_out.batch(np.arange(len(held_out)), None)
+    inputs, targets = examples["inputs"], examples["targets"]
     logits, _ = jax.jit(lambda running, inputs: models.apply(experiment.model, running, inputs))(running, inputs)
     expected = float(task_of(experiment).judge(logits, targets)["loss"].mean())
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
