@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         run(*read_flags(argv))
     except (ConfigError, DataError, FloatingPointError, Interrupted) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return {FloatingPointError: 1, Interrupted: getattr(error, "status", 0)}.get(type(error), 2)
+        return error.status if isinstance(error, Interrupted) else 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
         return 130

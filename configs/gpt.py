@@ -1,6 +1,9 @@
 """The paper's GPT sizes, 1024 tokens of a vocabulary of 50257, on synthetic tokens: for timing, not for learning.
 
 Command:  python train.py --config=configs/gpt.py:size=small,norm=pre_rmsnorm
+Hardware: one H200 (JAX 0.11.2, bfloat16).
+Time:     66 s without the comparison of the variants; 34 ms a step of 16 x 1024 tokens, 479,000 tokens/s, as the loop sees it.
+Result:   none to expect; the loss stays near ln 50257 = 10.8.
 """
 
 import dataclasses

@@ -2,6 +2,10 @@
 
 Command:  python train.py --config=configs/quickstart.py        (ViT, scikit-learn's 1,797 digits)
           python train.py --config=configs/quickstart.py:gpt    (GPT, the standard library's source)
+Hardware: two CPU cores (the figures are from a virtual machine whose two cores others used as well; JAX 0.10.2).
+Time:     ViT: 26 s of training, 2 min 48 s with the comparison of the variants; GPT: 62 s, and 3 min 14 s.
+Result:   ViT, 0.45 M parameters: held-out accuracy 0.994 (0.989 and 0.986 with other seeds); GPT, 0.37 M parameters: 3.0 bits
+          per byte on held-out files. All variants give the same predictions with the trained weights.
 """
 
 from ml_collections import ConfigDict
@@ -17,8 +21,8 @@ def get_config(arg: str = "") -> ConfigDict:
 def images() -> ConfigDict:
     config = options.every_option("image_classification")
     config.data.name = "digits"
-    config.model.update({"image_size": 8, "patch_size": 2, "channels": 1, "classes": 10})
-    config.model.update({"width": 64, "depth": 4, "heads": 4, "mlp_width": 256, "pool": "mean", "positions": "sincos"})
+    config.model.update({"image_size": 8, "patch_size": 4, "channels": 1, "classes": 10})
+    config.model.update({"width": 96, "depth": 4, "heads": 4, "mlp_width": 384, "pool": "mean", "positions": "sincos"})
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50})
     config.train.update({"steps": 1600, "batch_size": 64, "eval_batch_size": 120})
     config.train.update({"log_every": 20, "eval_every": 200, "checkpoint_every": 400})

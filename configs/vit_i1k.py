@@ -1,6 +1,9 @@
 """The paper's ViTs at ImageNet's shapes, 224 x 224 pixels and 1000 classes, on synthetic images: for timing, not for learning.
 
 Command:  python train.py --config=configs/vit_i1k.py:variant=B/16,norm=pre_crmsnorm
+Hardware: one H200 (JAX 0.11.2, bfloat16), 16 CPU cores.
+Time:     68 s without the comparison of the variants; 70 ms a step of 256 images, 3,660 images/s, as the loop sees it.
+Result:   none to expect; the loss stays near ln 1000 = 6.9.
 """
 
 import dataclasses
