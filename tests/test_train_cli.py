@@ -39,7 +39,7 @@ MISTAKES = [
     ),
     ([QUICKSTART, "--config.train.steps=many"], "config.train.steps: got 'many'; allowed: an integer"),
     ([QUICKSTART, "--config.train.steps=-5"], "config.train.steps: got -5; allowed: 1 or more"),
-    ([QUICKSTART, "--config.model.heads=3"], "config.model.heads: got 3; allowed: a divisor of model.width = "),
+    ([QUICKSTART, "--config.model.heads=5"], "config.model.heads: got 5; allowed: a divisor of model.width = 96"),
     ([QUICKSTART, "--config.model.patch_size=3"], "config.model.patch_size: got 3; allowed: a divisor of"),
     ([QUICKSTART, "--config.model.norm=post_ln"], "config.model.norm: got 'post_ln'; allowed: pre_ln, pre_rmsnorm"),
     ([QUICKSTART, "--config.model.norm=no_norm"], "config.model.norm: got 'no_norm'; allowed: a norm"),
