@@ -9,28 +9,34 @@ import numpy as np
 
 from prenorm_jax.models.blocks import attend
 
-for length, causal in [(196, False), (197, False), (256, True), (197, True)]:
-    q, k, v, w = (
-        jax.random.normal(key, (4, length, 3, 64), jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4)
-    )
 
-    def outputs(q, k, v, implementation, causal=causal, w=w):
-        def weighted(q, k, v):
-            y = attend(q, k, v, causal=causal, implementation=implementation)
-            return (y * w).astype(jnp.float32).sum(), y
+def main():
+    for length, causal in [(196, False), (197, False), (256, True), (197, True)]:
+        q, k, v, w = (
+            jax.random.normal(key, (4, length, 3, 64), jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4)
+        )
 
-        (_, y), gradients = jax.value_and_grad(weighted, (0, 1, 2), has_aux=True)(q, k, v)
-        return [np.asarray(x, np.float32) for x in (y, *gradients)]
+        def outputs(q, k, v, implementation, causal=causal, w=w):
+            def weighted(q, k, v):
+                y = attend(q, k, v, causal=causal, implementation=implementation)
+                return (y * w).astype(jnp.float32).sum(), y
 
-    exact = outputs(*(x.astype(jnp.float32) for x in (q, k, v)), "xla")
+            (_, y), gradients = jax.value_and_grad(weighted, (0, 1, 2), has_aux=True)(q, k, v)
+            return [np.asarray(x, np.float32) for x in (y, *gradients)]
 
-    def error(a, b):
-        return float(np.abs(a - b).max() / np.abs(b).max())
+        exact = outputs(*(x.astype(jnp.float32) for x in (q, k, v)), "xla")
 
-    missed = {
-        name: [error(a, b) for a, b in zip(outputs(q, k, v, name), exact, strict=True)] for name in ("xla", "cudnn")
-    }
-    print(length, causal, {name: [f"{e:.1e}" for e in found] for name, found in missed.items()})
-    # bfloat16 keeps 8 bits; either form is a few roundings away from the float32 one.
-    assert max(missed["cudnn"]) < 3e-2, missed
-print("attention holds")
+        def error(a, b):
+            return float(np.abs(a - b).max() / np.abs(b).max())
+
+        missed = {
+            name: [error(a, b) for a, b in zip(outputs(q, k, v, name), exact, strict=True)] for name in ("xla", "cudnn")
+        }
+        print(length, causal, {name: [f"{e:.1e}" for e in found] for name, found in missed.items()})
+        # bfloat16 keeps 8 bits; either form is a few roundings away from the float32 one.
+        assert max(missed["cudnn"]) < 3e-2, missed
+    print("attention holds")
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,8 @@ TIMINGS = ("step_seconds", "tokens_per_second")
 
 def start(settings: pathlib.Path, workdir: pathlib.Path) -> subprocess.Popen[str]:
     # The child sees one device, as a user does, and not the eight of these tests.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""}
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", PROGRAM, str(settings), str(workdir)],
         cwd=ROOT,
