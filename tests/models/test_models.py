@@ -304,7 +304,7 @@ def test_an_unknown_attention_and_one_that_this_device_lacks_are_refused():
     with pytest.raises(ValueError, match="nosuch"):
         attend(q, q, q, implementation="nosuch")
     # Where JAX has its CUDA plugin and runs on the CPU all the same, it is the primitive that is missing.
-    with pytest.raises(RuntimeError, match="cuDNN|dot_product_attention"):
+    with pytest.raises(RuntimeError, match=r"cuDNN|dot_product_attention"):
         attend(q, q, q, implementation="cudnn")
 
 
