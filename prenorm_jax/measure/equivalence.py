@@ -7,7 +7,7 @@ The negative control is the variant run on weights whose main branch was not rec
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -202,6 +202,12 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Plain data: errors, control, failures, tolerances."""
         return {**dataclasses.asdict(self), "tolerances": TOLERANCES}
+
+    @classmethod
+    def of_json(cls, data: Mapping[str, Any]) -> "Report":
+        """The report that `as_json` wrote."""
+        found = {dtype: {form: Errors(**row) for form, row in forms.items()} for dtype, forms in data["errors"].items()}
+        return cls(found, Errors(**data["control"]), data["failures"])
 
 
 def compare(
