@@ -11,20 +11,13 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from absl import logging
 
 from prenorm_jax.measure import evaluation
 from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training.data import DataError
-
-
-class Flags(argparse.ArgumentParser):
-    """Flags whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+from train import Flags
 
 
 def read_flags(argv: Sequence[str]) -> argparse.Namespace:

@@ -21,7 +21,7 @@ from prenorm_jax.training.experiment import Experiment, override, read_experimen
 from prenorm_jax.training.interrupts import Interrupted
 
 
-class Flags(argparse.ArgumentParser):
+class Flags(argparse.ArgumentParser):  # whose errors are one line; eval.py has them too
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,9 @@ from prenorm_jax.measure import comparison, equivalence, pictures
 from prenorm_jax.models import GPTConfig
 from prenorm_jax.models.config import ConfigError, require, require_one_of
 from prenorm_jax.models.generate import generate
+from prenorm_jax.paths import Tree
 from prenorm_jax.training import checkpoints, data
+from prenorm_jax.training.experiment import Experiment
 from prenorm_jax.training.loop import evaluate
 from prenorm_jax.training.tasks import task_of
 
@@ -61,7 +62,7 @@ def evaluate_checkpoint(workdir: pathlib.Path, forms: tuple[str, ...] = ()) -> l
     return report.failures
 
 
-def _report(experiment: Any, params: Any) -> equivalence.Report:
+def _report(experiment: Experiment, params: Tree) -> equivalence.Report:
     held_out = data.load(experiment).held_out
     count = min(ORACLE_EXAMPLES, len(held_out))
     batch = next(iter(data.eval_batches(held_out, count, count)))

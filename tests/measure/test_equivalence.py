@@ -81,7 +81,6 @@ def test_a_main_branch_with_a_mean_hurts_pre_ln_alone(kind):
     config = config_of(kind, 24)
     plain = perturbed(models.init(config, 0), 0)
     inputs = inputs_of(config, 1)
-    oracle = run(PRE_LN.of(config), plain, inputs, None, "float64")
     params = shifted(plain, config, 3.0)
     # Float64 parameters rounded to float32 are another function, so the shifted model is judged by its own oracle.
     oracle = run(PRE_LN.of(config), params, inputs, None, "float64")
