@@ -1,4 +1,4 @@
-"""The main branches of the models that we know: data, in the words of `main_branch`."""
+"""The main branches of `prenorm_jax.models`."""
 
 from prenorm_jax.main_branch import MainBranch, Norm, Reader, Writer
 
