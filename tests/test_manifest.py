@@ -155,7 +155,7 @@ def test_something_else_is_refused():
 def test_another_model_is_refused():
     made = pn.manifest(tree(), SPEC)
     with pytest.raises(
-        ManifestError, match="norms: 1/norm/scale is not in the tree .1 such.: it was written for another"
+        ManifestError, match=r"norms: 1/norm/scale is not in the tree .1 such.: it was written for another"
     ):
         pn.check_manifest(made, tree(layers=1), SPEC)
     wider_mlp = {**tree(), "head": {"kernel": jnp.ones((WIDTH, 6)), "bias": jnp.ones(6)}}
@@ -173,7 +173,7 @@ def test_eps_is_the_descriptions_or_given_but_never_assumed():
         pn.manifest(tree(), silent, eps={"0/norm/scale": 1e-3})
     made = pn.manifest(tree(), silent, eps=1e-3)
     assert {norm["eps"] for norm in made["norms"].values()} == {1e-3}
-    with pytest.raises(ManifestError, match="norm 0/norm/scale: got eps 0.001; the description says 1e-06"):
+    with pytest.raises(ManifestError, match=r"norm 0/norm/scale: got eps 0.001; the description says 1e-06"):
         pn.check_manifest(made, tree(), SPEC)
 
 
@@ -187,5 +187,5 @@ def test_a_norm_that_keeps_its_affine_says_why():
         "folded": False,
     }
     assert made["norms"]["norm/scale"] == {"eps": 1e-5, "kept": None, "folded": True}
-    with pytest.raises(ManifestError, match="norm 0/norm/scale: got kept 'its reader .*; the description says None"):
+    with pytest.raises(ManifestError, match=r"norm 0/norm/scale: got kept 'its reader .*; the description says None"):
         pn.check_manifest(made, pn.to_pre_rmsnorm(tree(), closed), SPEC)
