@@ -106,5 +106,5 @@ def test_another_number_of_layers_is_refused():
     transformed = hk.without_apply_rng(hk.transform(counted_gpt))
     with jax.numpy_rank_promotion("allow"):
         params = jax.eval_shape(transformed.init, jax.random.key(0), TEXT)
-    with pytest.raises(pn.LayoutError, match="transformer/layer_norm_3/offset .*no rule covers it"):
+    with pytest.raises(pn.LayoutError, match=r"transformer/layer_norm_3/offset .*no rule covers it"):
         layouts.haiku_gpt(1).resolve(params)
