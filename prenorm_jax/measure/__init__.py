@@ -1,5 +1,1 @@
-"""Equivalence against the float64 oracle, and step times with their controls."""
-
-from prenorm_jax.measure.comparison import compare_variants
-
-__all__ = ["compare_variants"]
+"""Equivalence against the float64 oracle, drift, and step times with their controls."""
