@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from absl import logging
 
-from prenorm_jax import models
+from prenorm_jax import measure, models
 from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training import checkpoints, loop
 from prenorm_jax.training.data import DataError
@@ -59,7 +59,7 @@ def run(experiment: Experiment, workdir: pathlib.Path) -> None:
     else:
         params = models.init(experiment.model, experiment.train.seed, experiment.train.coordinates)
     if experiment.compare.enabled:
-        compare_variants(experiment, params, workdir)
+        measure.compare_variants(experiment, params, workdir)
 
 
 def main(argv: Sequence[str]) -> int:

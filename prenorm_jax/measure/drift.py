@@ -26,9 +26,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from prenorm_jax import bases, transforms
+from prenorm_jax import transforms
 from prenorm_jax.main_branch import MainBranch, Norm, Reader, Writer
 from prenorm_jax.norms import crms_norm, layer_norm, rms_norm
 from prenorm_jax.paths import Tree

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prenorm_jax import models
+from prenorm_jax import measure, models
 from prenorm_jax.measure import comparison, step_time
 from prenorm_jax.training.experiment import Compare, Data, Experiment, Optimizer, Train
 
@@ -65,7 +65,7 @@ def test_what_is_timed_is_the_step_that_trains():
 
 @pytest.mark.slow
 def test_compare_writes_the_answers_and_the_times(tmp_path, capsys):
-    result = comparison.compare_variants(EXPERIMENT, models.init(EXPERIMENT.model, 0), tmp_path)
+    result = measure.compare_variants(EXPERIMENT, models.init(EXPERIMENT.model, 0), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"compare.json", "compare.md", "compare.png"}
     assert json.loads((tmp_path / "compare.json").read_text())["answers"] == result["answers"]
     assert list(result["answers"]) == ["pre_ln", "pre_rmsnorm", "pre_crmsnorm-reflect", "pre_crmsnorm-drop"]
@@ -91,7 +91,7 @@ def test_a_model_that_left_zero_mean_is_not_called_a_pre_ln_model(tmp_path, caps
     params = models.init(config, 0, "native")
     comparison.params_in_pre_ln(experiment, params)  # as converted: fine
     params["position"]["table"] = params["position"]["table"] + 1.0
-    result = comparison.compare_variants(experiment, params, tmp_path)
+    result = measure.compare_variants(experiment, params, tmp_path)
     assert result["answers"] == {}
     assert "position/table" in result["no_answers"]
     assert "No equivalence table" in capsys.readouterr().out
