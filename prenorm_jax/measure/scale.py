@@ -1,4 +1,4 @@
-"""How long converting a large tree takes on the host, and how much memory: python -m prenorm_jax.measure.scale [--dtype bfloat16] [--scanned]
+"""What converting a large tree costs the host in time and memory: python -m prenorm_jax.measure.scale [--dtype bfloat16] [--scanned]
 
 A GPT of 1.3 billion parameters (24 layers of width 2048) is filled with random numbers and converted in a process of its own. Peak
 memory is the process's high-water mark above what it held before the tree was there, over the tree's size: 2 is the tree and its copy.
