@@ -26,24 +26,22 @@ def wide(leaf: Array) -> Array:
 
 def narrow(value: Array, like: Array) -> Array:
     """Back to the storage dtype, the kind of array and (where the shape is kept) the devices, with one rounding."""
-    if not isinstance(value, np.ndarray):
-        return value.astype(like.dtype)
     return placed(rounded(value, like.dtype), like)
 
 
-def placed(value: np.ndarray, like: Array) -> Array:
+def placed(value: Array, like: Array) -> Array:
     """A host array as the kind of array that `like` is and, where the shape is kept, on its devices."""
-    if isinstance(like, np.ndarray):
+    if not isinstance(value, np.ndarray) or isinstance(like, np.ndarray):
         return value
     concrete = isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer)
-    same_place = concrete and like.committed and value.shape == like.shape  # type: ignore[attr-defined]
-    return jax.device_put(value, like.sharding) if same_place else jnp.asarray(value)  # type: ignore[attr-defined]
+    same_place = concrete and like.committed and value.shape == like.shape
+    return jax.device_put(value, like.sharding) if same_place else jnp.asarray(value)
 
 
-def rounded(value: np.ndarray, dtype: Any) -> np.ndarray:
-    """A host array in another dtype, rounded once. numpy takes float64 to bfloat16 by way of float32, and rounds twice: where float32
+def rounded(value: Array, dtype: Any) -> Array:
+    """An array in another dtype, rounded once. numpy takes float64 to bfloat16 by way of float32, and rounds twice: where float32
     lands half-way between two bfloat16 numbers, one step back towards the value says on which side of that it is."""
-    if value.dtype != np.float64 or dtype != jnp.bfloat16:
+    if not isinstance(value, np.ndarray) or value.dtype != np.float64 or dtype != jnp.bfloat16:
         return value.astype(dtype)
     with np.errstate(over="ignore"):
         near = np.array(value, np.float32)
@@ -55,40 +53,39 @@ def rounded(value: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def in_slices(
-    change: Callable[..., Sequence[Array | None]],
-    arrays: Sequence[Array | None],
-    likes: Sequence[Array],
-    axis: int,
-) -> list[Array | None]:
-    """change(*arrays) with every array wide and every result narrow, a slice at a time where the arrays are concrete.
+    change: Callable[..., Sequence[Array | None]], arrays: Sequence[Array | None], dtypes: Sequence[Any], axis: int
+) -> list[Array]:
+    """change(*arrays) with every array wide and every result rounded, a slice at a time where the arrays are concrete.
 
     Args:
       change: acts along `axis` alone, element by element along the others; may return None for an array.
       arrays: of one rank; each axis of each is as long as the first one's, or 1. None is passed on.
-      likes: the array whose dtype, kind and devices each result takes.
+      dtypes: of the results.
       axis: negative.
 
-    >>> ones = jnp.ones((2, 3))
-    >>> in_slices(lambda x, row: (x * row, x.sum(-1, keepdims=True)), [ones, jnp.arange(3.0)[None]], [ones, ones], axis=-1)
-    [Array([[0., 1., 2.], [0., 1., 2.]], dtype=float32), Array([[3.], [3.]], dtype=float32)]
+    Returns: arrays of the host, or traced ones; see `placed`.
+
+    >>> change = lambda x, row: (x * row, x.sum(-1, keepdims=True))
+    >>> [found.tolist() for found in in_slices(change, [jnp.ones((2, 3)), jnp.arange(3)[None]], [np.float32] * 2, axis=-1)]
+    [[[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]], [[3.0], [3.0]]]
     """
     given = [array for array in arrays if array is not None]
     if any(isinstance(array, jax.core.Tracer) for array in given):
         whole = change(*(None if array is None else wide(array) for array in arrays))
-        return [None if value is None else narrow(value, like) for value, like in zip(whole, likes, strict=True)]
+        return [None if value is None else rounded(value, dtype) for value, dtype in zip(whole, dtypes, strict=True)]
     hosts = [None if array is None else np.asarray(array) for array in arrays]
     shape = given[0].shape
-    results: list[np.ndarray | None] = [None] * len(likes)
+    results: list[Any] = [None] * len(dtypes)
     for index in _slices(shape, axis):
         values = change(*(None if host is None else wide(host[_clipped(index, host.shape)]) for host in hosts))
-        for k, (value, like) in enumerate(zip(values, likes, strict=True)):
+        for k, (value, dtype) in enumerate(zip(values, dtypes, strict=True)):
             if value is None:
                 continue
             if results[k] is None:
                 size = value.shape[axis]
-                results[k] = _empty([size if j - len(shape) == axis else n for j, n in enumerate(shape)], like.dtype)
-            results[k][index] = rounded(value, like.dtype)  # type: ignore[index]
-    return [None if value is None else placed(value, like) for value, like in zip(results, likes, strict=True)]
+                results[k] = _empty([size if j - len(shape) == axis else n for j, n in enumerate(shape)], dtype)
+            results[k][index] = rounded(value, dtype)
+    return results
 
 
 def _slices(shape: Sequence[int], axis: int) -> Iterator[tuple[slice, ...]]:

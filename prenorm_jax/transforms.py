@@ -2,8 +2,8 @@
 
 Every transform is a pure function params -> params: jittable, differentiable, the input left unchanged, the containers and
 storage dtypes kept. Arithmetic is float64 on the host for concrete arrays, and at least float32 for traced ones, with one rounding at
-the end. Identities (source: arXiv 2305.14858; the basis "reflect" is this project's), for a writer W with output axis o, a reader
-R with input axis i and d the width:
+the end (`precision`). Identities (source: arXiv 2305.14858; the basis "reflect" is this project's), for a writer W with output axis o, a
+reader R with input axis i and d the width:
 
     fold_affine        R <- diag(gamma) R, b <- b + beta^T R with R as it was; gamma <- 1, beta <- 0. Never divides by gamma.
     recenter           W <- W - mean_o(W): what W writes has zero mean, and LayerNorm ignores the mean.
@@ -16,6 +16,7 @@ A writer behind a LayerScale is W <- diag(lambda) W, lambda <- 1 before any of t
 A norm with a reader that can take no bias, or with `keep`, keeps its affine: nothing is folded into its readers.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +30,6 @@ from prenorm_jax.bases import (
     Map,
     along,
     append_zero,
-    at,
     basis_maps,
     drop_last,
     last,
@@ -40,6 +40,7 @@ from prenorm_jax.bases import (
 )
 from prenorm_jax.main_branch import LayoutError, MainBranch, NormLeaves, ReaderLeaf, Resolved
 from prenorm_jax.paths import Tree, leaves, with_leaves
+from prenorm_jax.precision import in_slices, narrow, placed, wide
 
 
 def fold_affine(params: Tree, spec: MainBranch) -> Tree:
@@ -212,7 +213,8 @@ def untie(params: Tree, table: str, head: str, *, scale: float = 1.0) -> Tree:
         raise LayoutError(f"{table}: no such leaf; the paths are like {', '.join(list(flat)[:3])}")
     if head in flat:
         raise LayoutError(f"{head}: is in the tree already; name the place of a new head")
-    flat[head] = _narrow(_wide(flat[table]).swapaxes(-1, -2) * scale, flat[table])
+    (rows,) = in_slices(lambda rows: (rows * scale,), [flat[table]], [flat[table].dtype], -1)
+    flat[head] = placed(rows.swapaxes(-1, -2), flat[table])
     return with_leaves(params, flat)
 
 
@@ -225,11 +227,10 @@ def require_recentered(params: Tree, spec: MainBranch) -> None:
     means = {}
     found = spec.resolve(params)
     for path, axis in found.writers:
-        value = _wide(flat[path])
-        if path in found.layer_scales:
-            value = _scaled(value, axis, path, found.layer_scales[path], flat)
-        rounding = float(jnp.finfo(flat[path].dtype).eps) * np.sqrt(np.square(value).mean())
-        means[path] = float(np.abs(value.mean(axis=axis)).max() / max(rounding, np.finfo(np.float64).tiny))
+        row = _layer_scale(found, flat, path, axis)
+        mean, square = in_slices(functools.partial(_moments, axis), [flat[path], row], [np.float64] * 2, axis)
+        rounding = float(jnp.finfo(flat[path].dtype).eps) * np.sqrt(square.mean())
+        means[path] = float(np.abs(mean).max() / max(rounding, np.finfo(np.float64).tiny))
     worst = max(means, key=lambda path: means[path])
     if means[worst] > 8:
         raise LayoutError(
@@ -238,7 +239,13 @@ def require_recentered(params: Tree, spec: MainBranch) -> None:
         )
 
 
-# The one pass over a tree: leaf by leaf, so that the widened copies of one leaf alone are alive at a time.
+def _moments(axis: int, kernel: Array, row: Array | None) -> tuple[Array, Array]:
+    """Mean and mean square of what a writer writes, along its axis."""
+    kernel = kernel if row is None else kernel * row
+    return kernel.mean(axis=axis, keepdims=True), (kernel * kernel).mean(axis=axis, keepdims=True)
+
+
+# The one pass over a tree: leaf by leaf, and large leaves slice by slice.
 
 
 def _transform(
@@ -262,47 +269,44 @@ def _transform(
     for norm in found.norms:
         if not norm.folds:
             if kept_scale != 1.0:
-                new[_required_scale(norm)] = _narrow(
-                    _wide(old[_required_scale(norm)]) * kept_scale, old[_required_scale(norm)]
-                )
+                kept = _required_scale(norm)
+                new[kept] = narrow(wide(old[kept]) * kept_scale, old[kept])
             continue
         for leaf in norm.readers:
             if leaf.kernel in read:
                 continue
             read.add(leaf.kernel)
-            kernel, bias = _read(leaf, norm, new, old, fold)
-            for change in reader:
-                kernel = change(kernel, leaf.axis)
-            if spare == "fill":
-                kernel, bias = _fill_spare(kernel, bias, leaf.axis), None
-            elif spare == "clear":
-                kernel, bias = _clear_spare(kernel, leaf)
-            new[leaf.kernel] = _narrow(kernel, old[leaf.kernel])
+            kernel, bias = _read(leaf, norm, new[leaf.kernel], old, fold, reader, spare)
+            new[leaf.kernel] = placed(kernel, old[leaf.kernel])
             if leaf.bias and bias is not None:
-                new[leaf.bias] = _narrow(bias, old.get(leaf.bias, old[leaf.kernel]))
+                new[leaf.bias] = placed(bias, old.get(leaf.bias, old[leaf.kernel]))
             elif leaf.bias and spare == "fill":
                 new.pop(leaf.bias, None)
         for path, neutral in ((norm.scale, 1), (norm.bias, 0)):
             if path:
-                value = np.full(old[path].shape, neutral) if fold else _wide(old[path])
-                for change in affine:
-                    value = change(value, -1)
-                new[path] = _narrow(value, old[path])
-    for path, axis in found.writers:
-        if path not in new:  # a reader's bias, now a row of its kernel
-            continue
-        value = _wide(new[path])
-        if writer and path in found.layer_scales:
-            value = _scaled(value, axis, path, found.layer_scales[path], old)
-        for change in writer:
-            value = change(value, axis)
-        new[path] = _narrow(value, old[path])
+                new[path] = _vector(np.full(old[path].shape, neutral) if fold else wide(old[path]), old[path], affine)
+    for path, axis in found.writers if writer else ():
+        if path in new:  # else a reader's bias, now a row of its kernel
+            arrays = [new[path], _layer_scale(found, old, path, axis)]
+            (value,) = in_slices(functools.partial(_written, axis, writer), arrays, [old[path].dtype], axis)
+            new[path] = placed(value, old[path])
     for path in set(found.layer_scales.values()) if writer else ():
-        value = np.ones(old[path].shape)
-        for change in affine:
-            value = change(value, -1)
-        new[path] = _narrow(value, old[path])
+        new[path] = _vector(np.ones(old[path].shape), old[path], affine)
     return with_leaves(params, new)
+
+
+def _vector(value: Array, like: Array, maps: Sequence[Map]) -> Array:
+    for change in maps:
+        value = change(value, -1)
+    return narrow(value, like)
+
+
+def _written(axis: int, maps: Sequence[Map], kernel: Array, row: Array | None) -> tuple[Array]:
+    """A writer behind its LayerScale (the row), mapped."""
+    kernel = kernel if row is None else kernel * row
+    for change in maps:
+        kernel = change(kernel, axis)
+    return (kernel,)
 
 
 def _required_scale(norm: NormLeaves) -> str:
@@ -338,24 +342,47 @@ def _check_kept(found: Resolved, reader: Sequence[Map], spare: str | None) -> No
 
 
 def _read(
-    leaf: ReaderLeaf, norm: NormLeaves, new: dict[str, Array], old: dict[str, Array], fold: bool
+    leaf: ReaderLeaf,
+    norm: NormLeaves,
+    kernel: Array,
+    old: dict[str, Array],
+    fold: bool,
+    maps: Sequence[Map],
+    spare: str | None,
 ) -> tuple[Array, Array | None]:
-    """A reader's kernel and bias, widened, with its norm's affine folded in where `fold`."""
-    kernel = _wide(new[leaf.kernel])
-    bias = _wide(old[leaf.bias]) if leaf.bias and not leaf.new_bias else None
-    if not fold:
-        return kernel, bias
-    if norm.bias is not None:
-        beta = _along(_wide(old[norm.bias]), kernel, leaf.axis, norm.bias, f"its reader {leaf.kernel}")
-        shift = (beta * kernel).sum(axis=leaf.axis)
-        if bias is not None and bias.shape != shift.shape:
+    """A reader's kernel and, where it changes, its bias: its norm's affine folded in where `fold`, mapped, packed or unpacked."""
+    axis, dtype = leaf.axis, old[leaf.kernel].dtype
+    gamma, beta = (
+        _along(old[path], kernel, axis, path, f"its reader {leaf.kernel}") if path and fold else None
+        for path in (norm.scale, norm.bias)
+    )
+    bias = old[leaf.bias] if leaf.bias and not leaf.new_bias and (beta is not None or spare) else None
+    if bias is not None:
+        expected = tuple(n for k, n in enumerate(kernel.shape) if k != kernel.ndim + axis)
+        if bias.shape != expected:
             raise LayoutError(
-                f"{leaf.bias} {bias.shape}: expected {shift.shape}, the shape of {leaf.kernel} without its axis {leaf.axis}"
+                f"{leaf.bias} {bias.shape}: expected {expected}, the shape of {leaf.kernel} without its axis {axis}"
             )
-        bias = shift if bias is None else bias + shift
-    if norm.scale is not None:
-        kernel = kernel * _along(_wide(old[norm.scale]), kernel, leaf.axis, norm.scale, f"its reader {leaf.kernel}")
-    return kernel, bias
+        dtype, bias = bias.dtype, xp(bias).expand_dims(bias, axis)
+    if spare == "clear":
+        _require_packed(leaf)
+
+    def change(kernel: Array, bias: Array | None, gamma: Array | None, beta: Array | None) -> Any:
+        if beta is not None:
+            shift = (beta * kernel).sum(axis=axis, keepdims=True)
+            bias = shift if bias is None else bias + shift
+        if gamma is not None:
+            kernel = kernel * gamma
+        for step in maps:
+            kernel = step(kernel, axis)
+        if spare == "fill":
+            return _with_spare(kernel, bias, axis), None
+        if spare == "clear":
+            return drop_last(kernel, axis), last(kernel, axis)
+        return kernel, bias
+
+    kernel, bias = in_slices(change, [kernel, bias, gamma, beta], [old[leaf.kernel].dtype, dtype], axis)
+    return kernel, None if bias is None else bias.squeeze(axis)
 
 
 def _along(row: Array, kernel: Array, axis: int, path: str, leaf: str) -> Array:
@@ -365,19 +392,22 @@ def _along(row: Array, kernel: Array, axis: int, path: str, leaf: str) -> Array:
     return along(row, kernel, axis)
 
 
-def _scaled(kernel: Array, axis: int, path: str, scale: str, flat: dict[str, Array]) -> Array:
-    """diag(lambda) W."""
-    return kernel * _along(_wide(flat[scale]), kernel, axis, scale, f"its writer {path}")
+def _layer_scale(found: Resolved, flat: dict[str, Array], path: str, axis: int) -> Array | None:
+    """The LayerScale behind a writer, as a row that multiplies its kernel, or None."""
+    if path not in found.layer_scales:
+        return None
+    scale = found.layer_scales[path]
+    return _along(flat[scale], flat[path], axis, scale, f"its writer {path}")
 
 
-def _fill_spare(kernel: Array, bias: Array | None, axis: int) -> Array:
+def _with_spare(kernel: Array, bias: Array | None, axis: int) -> Array:
     if bias is None:
         return append_zero(kernel, axis)
     numpy = np if xp(kernel) is xp(bias) is np else jnp  # one may be traced and the other not
-    return numpy.concatenate([kernel, numpy.expand_dims(bias, axis)], axis=axis)
+    return numpy.concatenate([kernel, bias], axis=axis)
 
 
-def _clear_spare(kernel: Array, leaf: ReaderLeaf) -> tuple[Array, Array]:
+def _require_packed(leaf: ReaderLeaf) -> None:
     if leaf.bias is None:
         raise LayoutError(
             f"{leaf.kernel}: its spare row is a bias and the description has no place for it; give Reader.bias"
@@ -386,37 +416,3 @@ def _clear_spare(kernel: Array, leaf: ReaderLeaf) -> tuple[Array, Array]:
         raise LayoutError(
             f"{leaf.bias}: a packed reader has its bias in its kernel's spare row; this tree is not packed"
         )
-    return drop_last(kernel, leaf.axis), last(kernel, leaf.axis)[at(slice(None), 0, axis=leaf.axis, rank=kernel.ndim)]
-
-
-# Where the arithmetic happens.
-
-
-def _wide(leaf: Array) -> Array:
-    """float64 on the host for a concrete array, at least float32 for a traced one."""
-    if isinstance(leaf, jax.core.Tracer):
-        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-    return np.asarray(leaf).astype(np.float64)
-
-
-def _narrow(value: Array, like: Array) -> Array:
-    """Back to the storage dtype, the kind of array and (where the shape is kept) the devices, with one rounding."""
-    if isinstance(value, np.ndarray):
-        value = _rounded(value, like.dtype)
-        if isinstance(like, np.ndarray):
-            return value
-        concrete = isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer)
-        placed = concrete and like.committed and value.shape == like.shape
-        return jax.device_put(value, like.sharding) if placed else jnp.asarray(value)
-    return value.astype(like.dtype)
-
-
-def _rounded(value: Array, dtype: Any) -> Array:
-    """A host array in another dtype, rounded once. numpy takes float64 to bfloat16 by way of float32, and rounds twice: rounding to
-    odd in between keeps what the second rounding has to know."""
-    if value.dtype != np.float64 or dtype != jnp.bfloat16:
-        return value.astype(dtype)
-    near = value.astype(np.float32)
-    below = np.where(np.abs(near) > np.abs(value), np.nextafter(near, np.float32(0)), near)
-    odd = np.where(below == value, 0, 1).astype(np.uint32)
-    return (below.view(np.uint32) | odd).view(np.float32).astype(dtype)

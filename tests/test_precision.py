@@ -18,7 +18,9 @@ def acts_along(axis):
 
 
 @pytest.mark.parametrize("slice_size", [1, 5, 7, 24, 10**9])
-@pytest.mark.parametrize(("shape", "axis"), [((3, 4, 5), -2), ((3, 4, 5), -3), ((3, 4, 5), -1), ((6,), -1), ((0, 3), -1)])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((3, 4, 5), -2), ((3, 4, 5), -3), ((3, 4, 5), -1), ((6,), -1), ((0, 3), -1)]
+)
 def test_slices_give_what_the_whole_gives(shape, axis, slice_size, monkeypatch, assert_same):
     monkeypatch.setattr(precision, "SLICE", slice_size)
     rng = np.random.default_rng(0)
@@ -27,10 +29,10 @@ def test_slices_give_what_the_whole_gives(shape, axis, slice_size, monkeypatch, 
     kernel, bias, row = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in (shape, others, along))
     for given in (bias, None):
         whole = acts_along(axis)(*(None if a is None else np.asarray(a, np.float64) for a in (kernel, given, row)))
-        found = precision.in_slices(acts_along(axis), [kernel, given, row], [kernel, bias, bias], axis)
+        found = precision.in_slices(acts_along(axis), [kernel, given, row], [np.float32] * 3, axis)
         assert found[2] is None
-        assert_same(found[:2], [jnp.asarray(value, jnp.float32) for value in whole[:2]])
-        traced = jax.jit(lambda k, b, r: precision.in_slices(acts_along(axis), [k, b, r], [k, bias, bias], axis))
+        assert_same(found[:2], [value.astype(np.float32) for value in whole[:2]])
+        traced = jax.jit(lambda k, b, r: precision.in_slices(acts_along(axis), [k, b, r], [np.float32] * 3, axis))
         assert_same(traced(kernel, given, row)[:2], found[:2], 1e-6)
 
 
@@ -63,5 +65,9 @@ def test_one_rounding_to_bfloat16():
 def test_arrays_stay_what_and_where_they_were():
     device = jax.devices()[3]
     leaf = jax.device_put(jnp.ones((2, 3)), device)
-    assert precision.in_slices(lambda x: (x,), [leaf], [leaf], -1)[0].devices() == {device}
-    assert isinstance(precision.in_slices(lambda x: (x,), [np.ones((2, 3))], [np.ones(1)], -1)[0], np.ndarray)
+    (value,) = precision.in_slices(lambda x: (2 * x,), [leaf], [leaf.dtype], -1)
+    assert precision.placed(value, leaf).devices() == {device}
+    assert isinstance(precision.placed(value, np.ones(1)), np.ndarray)
+    assert precision.placed(value[:1], leaf).devices() == {
+        jax.devices()[0]
+    }  # of another shape: as jax places new arrays
