@@ -152,7 +152,7 @@ def _forward(x: Array, scale: Array | None, bias: Array | None, kind: _Kind) -> 
 
 def backward(kind: _Kind, residuals: Any, dy: Array) -> tuple[Array, Array | None, Array | None]:
     """The backward pass of all four norms: the true derivative. Public, so that a traced norm can be told by it."""
-    x, mean, r, scale, no_bias = residuals
+    x, mean, r, scale, _ = residuals
     dscale, dbias = _affine_gradients(kind, residuals, dy)
     xhat = _live(x, mean, kind)
     dy = dy.astype(xhat.dtype)

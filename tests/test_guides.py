@@ -17,7 +17,9 @@ def test_its_python_runs(guide, capsys):
         for block in re.finditer(r"```python\n(.*?)```", text, re.DOTALL):
             line = text[: block.start(1)].count("\n")
             exec(compile("\n" * line + block[1], str(DOCS / guide), "exec"), names)
-    for printed, said in zip(capsys.readouterr().out.splitlines(), re.findall(r"print\(error\)  # (.*)", text), strict=True):
+    for printed, said in zip(
+        capsys.readouterr().out.splitlines(), re.findall(r"print\(error\)  # (.*)", text), strict=True
+    ):
         pattern = ".*".join(re.escape(part) for part in said.split("..."))
         assert re.match(pattern, printed), printed
 

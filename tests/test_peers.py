@@ -53,9 +53,7 @@ def tree():
 
 BLOCK = Norm([Reader("{i}/up/kernel", bias="{i}/up/bias")], scale="{i}/norm/scale", bias="{i}/norm/bias")
 WRITERS = [Writer("embed"), Writer("{i}/down/kernel"), Writer("{i}/down/bias")]
-SPEC = MainBranch(
-    WRITERS, [BLOCK, Norm([Reader("head/kernel", bias="head/bias")], "norm/scale", "norm/bias")], width=D
-)
+SPEC = MainBranch(WRITERS, [BLOCK, Norm([Reader("head/kernel", bias="head/bias")], "norm/scale", "norm/bias")], width=D)
 
 
 def row(leaf):
@@ -239,7 +237,9 @@ def test_a_model_that_has_rms_norms_already():
     assert out.report.sites == ()
     assert out.report.leaves == ()
     assert same(out.fn(out.params, TOKENS), llama(params, TOKENS))
-    with pytest.raises(pn.LayoutError, match="its mean along the main branch is .*only a recentered model has a Pre-LN"):
+    with pytest.raises(
+        pn.LayoutError, match="its mean along the main branch is .*only a recentered model has a Pre-LN"
+    ):
         require_recentered(params, SPEC)
     with pytest.raises(pn.LayoutError, match="is it an RMSNorm model already"):
         SPEC.check(llama, params, TOKENS)
@@ -292,7 +292,9 @@ def test_the_orientation_of_a_kernel():
     for i in ("0", "1"):
         square[i] |= {"up": linear(D, D), "down": linear(D, D)}
     assert missed(gpt(pn.to_pre_rmsnorm(square, wrong), TOKENS, rms_norm), gpt(square, TOKENS)) > 1e-3
-    with pytest.raises(pn.LayoutError, match=r"down/kernel .8, 8.: described as a writer along axis -2.*axis -1: is that"):
+    with pytest.raises(
+        pn.LayoutError, match=r"down/kernel .8, 8.: described as a writer along axis -2.*axis -1: is that"
+    ):
         wrong.check(gpt, square, TOKENS)
     SPEC.check(gpt, square, TOKENS)
 

@@ -18,7 +18,9 @@ def acts_along(axis):
 
 
 @pytest.mark.parametrize("slice_size", [1, 5, 7, 24, 10**9])
-@pytest.mark.parametrize(("shape", "axis"), [((3, 4, 5), -2), ((3, 4, 5), -3), ((3, 4, 5), -1), ((6,), -1), ((0, 3), -1)])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((3, 4, 5), -2), ((3, 4, 5), -3), ((3, 4, 5), -1), ((6,), -1), ((0, 3), -1)]
+)
 def test_slices_give_what_the_whole_gives(shape, axis, slice_size, monkeypatch, assert_same):
     monkeypatch.setattr(precision, "SLICE", slice_size)
     rng = np.random.default_rng(0)

@@ -174,9 +174,7 @@ def _attend_by_cudnn(q: Array, k: Array, v: Array, *, causal: bool, length: int 
         q, k, v = (jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in (q, k, v))
     # The queries behind `length` attend as well: what nobody reads has to be finite all the same.
     lengths = None if length is None else jnp.full((batch,), length, jnp.int32)
-    y = jax.nn.dot_product_attention(
-        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
-    )
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn")
     return y[:, :queries]
 
 

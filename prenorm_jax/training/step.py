@@ -83,7 +83,9 @@ def make_train_step(
         return values["loss"], values
 
     def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
-        running, pull_back = jax.vjp(jax.named_scope("weight_map")(lambda params: models.running(params, model, coordinates)), state.params)
+        running, pull_back = jax.vjp(
+            jax.named_scope("weight_map")(lambda params: models.running(params, model, coordinates)), state.params
+        )
         total = batch["weights"].sum()
         gradient = jax.grad(weighted_values, has_aux=True)
         if accumulate == 1:

@@ -113,9 +113,7 @@ def describe(c: Config, *, bias: bool = True, prefix: str = "", readers: tuple[R
     mlp_writes = {
         "plain": linear(f"{block}mlp/down", scales.get(f"{block}mlp")),
         "gated": linear(f"{block}mlp/down", scales.get(f"{block}mlp")),
-        "experts": [
-            Writer(f"{block}mlp/{leaf}", scale=scales.get(f"{block}mlp")) for leaf in ("down", "down_bias")
-        ],
+        "experts": [Writer(f"{block}mlp/{leaf}", scale=scales.get(f"{block}mlp")) for leaf in ("down", "down_bias")],
     }[c.mlp]
     block_writes = linear(f"{block}attn/out", scales.get(f"{block}attn")) + mlp_writes
     attention = attention_readers("attn")
@@ -157,4 +155,6 @@ def describe(c: Config, *, bias: bool = True, prefix: str = "", readers: tuple[R
 def cross_readers(c: Config, prefix: str, *, bias: bool = True) -> tuple[Reader, ...]:
     """What reads an encoder's output in a decoder: keys and values of every layer's cross attention."""
     path, axis = f"{prefix}blocks/{{i...}}/cross/", -2 if c.qkv == "flat" else -3
-    return tuple(Reader(f"{path}{name}/kernel", axis, f"{path}{name}/bias" if bias else None) for name in ("key", "value"))
+    return tuple(
+        Reader(f"{path}{name}/kernel", axis, f"{path}{name}/bias" if bias else None) for name in ("key", "value")
+    )

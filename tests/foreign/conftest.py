@@ -153,5 +153,8 @@ APIS = {"linen": Linen, "nnx": NNX}
 
 def worst(actual, expected):
     """The largest difference, over the largest expected entry."""
-    gaps = [np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)]
+    gaps = [
+        np.max(np.abs(a - b)) / np.max(np.abs(b))
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    ]
     return float(max(gaps))

@@ -84,7 +84,10 @@ class Experts(nnx.Module):
         self.router = nnx.Linear(c.width, EXPERTS, use_bias=c.reader_bias, rngs=rngs)
         self.up = parameter(rngs, EXPERTS, c.width, c.mlp_width)
         self.up_bias = nnx.data(parameter(rngs, EXPERTS, c.mlp_width) if c.reader_bias else None)
-        self.down, self.down_bias = parameter(rngs, EXPERTS, c.mlp_width, c.written), parameter(rngs, EXPERTS, c.written)
+        self.down, self.down_bias = (
+            parameter(rngs, EXPERTS, c.mlp_width, c.written),
+            parameter(rngs, EXPERTS, c.written),
+        )
 
     def __call__(self, n):
         y = jnp.einsum("bld,edf->blef", n, self.up[...])
