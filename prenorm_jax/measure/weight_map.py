@@ -1,0 +1,228 @@
+"""What mapping all weights costs a training step: python -m prenorm_jax.measure.weight_map [--size B/16] [--batch 256] [--json PATH]
+
+A step in Pre-LN coordinates maps the trained weights to the variant's, and pulls the gradient back through the map; a native step has
+neither. Two tables, taken in one process with interleaved windows (`step_time`):
+
+    steps   each variant's step in native coordinates, again (the noise floor), and in Pre-LN coordinates; ratio to its native step.
+    maps    the map alone, and with its pull-back, of our tree and of one that is laid out as google-research/vision_transformer's.
+            Seconds, and the share of the native Pre-LN step. A step that holds a map can hide some of it behind other work.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prenorm_jax import layouts, models, transforms
+from prenorm_jax.measure.step_time import Case, interleaved, training_case
+from prenorm_jax.models import ViTConfig
+from prenorm_jax.paths import Tree
+from prenorm_jax.training.experiment import Optimizer
+from prenorm_jax.training.optimizer import make_optimizer
+from prenorm_jax.training.tasks import ImageClassification
+
+VARIANTS = ("pre_rmsnorm", "pre_crmsnorm")
+BASELINE = "pre_ln, native"
+Map = Callable[[Tree], Tree]
+
+
+def measure(config: ViTConfig, batch_size: int, **windows: int) -> dict[str, Any]:
+    """Times steps and maps.
+
+    Args:
+      config: of the model, in any variant.
+      batch_size: images of a step.
+      windows: warmup_steps, window_steps and windows of `interleaved`.
+    """
+    params = drawn(models.abstract(_of(config, "pre_ln")))
+    rng = np.random.default_rng(0)
+    images = (batch_size, config.image_size, config.image_size, config.channels)
+    batch = {
+        "inputs": rng.standard_normal(images, np.float32),
+        "targets": rng.integers(config.classes, size=batch_size).astype(np.int32),
+        "weights": np.ones(batch_size, np.float32),
+    }
+    tx = make_optimizer(Optimizer(), steps=1000)
+
+    def step(norm: str, coordinates: str) -> Case:
+        task = ImageClassification(label_smoothing=0.1)
+        return training_case(_of(config, norm), params, task, tx, batch, coordinates=coordinates)
+
+    steps = {BASELINE: step("pre_ln", "native")}
+    for norm in VARIANTS:
+        # Each case owns its state, since a step takes its state's memory.
+        steps |= {f"{norm}, native": step(norm, "native"), f"{norm}, native again": step(norm, "native")}
+        steps[f"{norm}, pre_ln coordinates"] = step(norm, "pre_ln")
+    times = interleaved(steps, **windows)
+    maps = {}
+    for name, change, tree in foreign_and_own_maps(config):
+        values = drawn(tree)
+        maps |= {name: map_case(change, values), f"{name}, and back": map_and_pull_back_case(change, values)}
+    of_maps = interleaved(maps, **windows)
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.device_kind} ({device.platform}, {platform.machine()}), jax {jax.__version__}",
+        "model": dataclasses.asdict(config),
+        "batch_size": batch_size,
+        "parameters": models.count(_of(config, "pre_ln")),
+        "steps": {
+            name: {
+                "ms": 1e3 * found.median,
+                "windows_s": list(found.windows),
+                "ratio": found.against(times[_native(name)]),
+            }
+            for name, found in times.items()
+        },
+        "maps": {
+            name: {
+                "ms": 1e3 * found.median,
+                "windows_s": list(found.windows),
+                "share": found.median / times[BASELINE].median,
+            }
+            for name, found in of_maps.items()
+        },
+    }
+
+
+def foreign_and_own_maps(config: ViTConfig) -> list[tuple[str, Map, Tree]]:
+    """(name, map, abstract tree) of every map that is timed by itself."""
+    own = models.abstract(_of(config, "pre_ln"))
+    foreign, spec = foreign_tree(config), layouts.vision_transformer()
+    return [
+        ("foreign, recenter", lambda params: transforms.recenter(params, spec), foreign),
+        ("foreign, to_pre_rmsnorm", lambda params: transforms.to_pre_rmsnorm(params, spec), foreign),
+        ("foreign, to_pre_crmsnorm", lambda params: transforms.to_pre_crmsnorm(params, spec), foreign),
+        *(
+            (f"ours, {norm}", lambda params, norm=norm: models.running(params, _of(config, norm)), own)
+            for norm in VARIANTS
+        ),
+    ]
+
+
+def foreign_tree(config: ViTConfig) -> Tree:
+    """Shapes of the tree of google-research/vision_transformer's ViT of a config's sizes."""
+
+    def leaf(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(config.param_dtype))
+
+    def dense(rows: tuple[int, ...], columns: tuple[int, ...]) -> Tree:
+        return {"kernel": leaf(*rows, *columns), "bias": leaf(*columns)}
+
+    d, mlp = (config.width,), (config.mlp_width,)
+    heads = (config.heads, config.head_width)
+    norm = {"scale": leaf(*d), "bias": leaf(*d)}
+    block = {
+        "LayerNorm_0": norm,
+        "MultiHeadDotProductAttention_0": {
+            **{name: dense(d, heads) for name in ("query", "key", "value")},
+            "out": dense(heads, d),
+        },
+        "LayerNorm_1": norm,
+        "MlpBlock_0": {"Dense_0": dense(d, mlp), "Dense_1": dense(mlp, d)},
+    }
+    return {
+        "embedding": dense((config.patch_size, config.patch_size, config.channels), d),
+        "cls": leaf(1, 1, *d),
+        "Transformer": {
+            "posembed_input": {"pos_embedding": leaf(1, config.patches + 1, *d)},
+            **{f"encoderblock_{i}": block for i in range(config.depth)},
+            "encoder_norm": norm,
+        },
+        "head": dense(d, (config.classes,)),
+    }
+
+
+def drawn(tree: Tree) -> Tree:
+    """Random parameters of a tree's shapes: scales about 1, the rest small. No program is compiled for them."""
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        middle = float(path[-1].key == "scale")
+        return jnp.asarray(middle + 0.02 * rng.standard_normal(leaf.shape, np.float32), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+def map_case(change: Map, params: Tree) -> Case:
+    """The map alone. Its calls share their argument, and a device runs them one after the other."""
+    compiled = jax.jit(change).lower(params).compile()
+    return lambda carry: compiled(params), None
+
+
+def map_and_pull_back_case(change: Map, params: Tree) -> Case:
+    """The map and its pull-back, of the mapped weights themselves as a gradient."""
+
+    def there_and_back(params: Tree) -> tuple[Tree, Tree]:
+        mapped, pull_back = jax.vjp(change, params)
+        # Without the barrier the two passes could become one, which a step never can: its model lies between them.
+        return mapped, pull_back(jax.lax.optimization_barrier(mapped))
+
+    compiled = jax.jit(there_and_back).lower(params).compile()
+    return lambda carry: compiled(params), None
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown of both tables."""
+    lines = [
+        f"Batch {result['batch_size']}, {result['parameters']:,} parameters, {result['device']}.",
+        "",
+        "| training step | ms | against its native step |",
+        "|---|---|---|",
+    ]
+    for name, row in result["steps"].items():
+        median, least, greatest = row["ratio"]
+        lines.append(f"| {name} | {row['ms']:.2f} | {median:.4f} ({least:.4f} to {greatest:.4f}) |")
+    lines += ["", f"| map | ms | of the step `{BASELINE}` |", "|---|---|---|"]
+    lines += [f"| {name} | {row['ms']:.3f} | {row['share']:.2%} |" for name, row in result["maps"].items()]
+    return "\n".join(lines)
+
+
+def _of(config: ViTConfig, norm: str) -> ViTConfig:
+    return dataclasses.replace(config, norm=norm)
+
+
+def _native(name: str) -> str:
+    return f"{name.partition(',')[0]}, native"
+
+
+def main(arguments: list[str]) -> int:
+    """Measures, prints the tables and writes the JSON."""
+    parser = argparse.ArgumentParser(
+        prog="prenorm_jax.measure.weight_map", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--size", default="B/16", help="of the ViT")
+    parser.add_argument("--image", type=int, default=224, help="pixels on a side")
+    parser.add_argument("--depth", type=int, help="layers, if not those of the size")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--warmup-steps", type=int, default=10)
+    parser.add_argument("--window-steps", type=int, default=20)
+    parser.add_argument("--windows", type=int, default=7)
+    parser.add_argument("--json", type=pathlib.Path, help="where the result goes")
+    given = parser.parse_args(arguments)
+    fields = {"depth": given.depth} if given.depth else {}
+    config = models.vit_config(given.size, image_size=given.image, dtype="bfloat16", **fields)
+    result = measure(
+        config,
+        given.batch,
+        warmup_steps=given.warmup_steps,
+        window_steps=given.window_steps,
+        windows=given.windows,
+    )
+    print(table(result))
+    if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"written: {given.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
