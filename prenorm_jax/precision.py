@@ -30,12 +30,13 @@ def narrow(value: Array, like: Array) -> Array:
 
 
 def placed(value: Array, like: Array) -> Array:
-    """A host array as the kind of array that `like` is and, where the shape is kept, on its devices."""
+    """A host array as the kind of array that `like` is and, where the shape is kept, on its devices. Takes the memory of `value`."""
     if not isinstance(value, np.ndarray) or isinstance(like, np.ndarray):
         return value
-    concrete = isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer)
-    same_place = concrete and like.committed and value.shape == like.shape
-    return jax.device_put(value, like.sharding) if same_place else jnp.asarray(value)
+    if not isinstance(like, jax.Array) or isinstance(like, jax.core.Tracer):
+        return jnp.asarray(value)
+    # On a CPU jnp.asarray copies; device_put doesn't, where the memory is aligned.
+    return jax.device_put(value, like.sharding if like.committed and value.shape == like.shape else None)
 
 
 def rounded(value: Array, dtype: Any) -> Array:
@@ -83,7 +84,7 @@ def in_slices(
                 continue
             if results[k] is None:
                 size = value.shape[axis]
-                results[k] = _empty([size if j - len(shape) == axis else n for j, n in enumerate(shape)], dtype)
+                results[k] = aligned([size if j - len(shape) == axis else n for j, n in enumerate(shape)], dtype)
             results[k][index] = rounded(value, dtype)
     return results
 
@@ -113,8 +114,8 @@ def _clipped(index: Sequence[slice], shape: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(None) if n == 1 else part for part, n in zip(index, shape, strict=True))
 
 
-def _empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """Memory aligned so that jax takes it as it is, instead of copying it."""
+def aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """Uninitialised memory that jax takes as it is on a CPU, instead of copying it: it begins at a multiple of 64 bytes."""
     count = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.empty(count + 64, np.uint8)
     start = -raw.ctypes.data % 64

@@ -70,18 +70,27 @@ def zero_mean_gauge(params: Tree, spec: MainBranch) -> Tree:
     return _transform(params, spec, fold=True, reader=[recenter_axis])
 
 
-def compress(params: Tree, spec: MainBranch, basis: str = "reflect") -> Tree:
+def compress(params: Tree, spec: MainBranch, basis: str = "reflect", layout: str = "compact") -> Tree:
     """Width d -> d - 1 (identity 3 and its reflection): parameters for CRMSNorm. Folds and recenters what is not yet so.
 
+    Args:
+      layout: "compact", or "packed" for `pack(compress(...))` in one pass, without the compact tree in between.
+
     Raises: LayoutError for a tree that is compressed already (where the description knows the width), is packed, or whose main
-      branch is narrower than 2; ValueError for an unknown basis.
+      branch is narrower than 2; ValueError for an unknown basis or layout.
     """
     maps = basis_maps(basis)
+    if layout not in ("compact", "packed"):
+        raise ValueError(f"layout: got {layout!r}; allowed: compact, packed")
     found = spec.resolve(params)
     _refuse_packed(params, found)
     if found.lanes < 2 or (found.width is not None and found.lanes != found.width):
         raise LayoutError(
             f"compress: the main branch has {found.lanes} lanes; expected the nominal width {found.width or '>= 2'}"
+        )
+    if layout == "packed":
+        return _transform(
+            params, spec, fold=True, writer=[maps["writer"], append_zero], reader=[maps["reader"]], spare="fill"
         )
     return _transform(params, spec, fold=True, writer=[maps["writer"]], reader=[maps["reader"]], affine=[drop_last])
 
@@ -135,9 +144,10 @@ def to_pre_rmsnorm(params: Tree, spec: MainBranch) -> Tree:
     return _transform(params, spec, fold=True, writer=[recenter_axis])
 
 
-def to_pre_crmsnorm(params: Tree, spec: MainBranch, basis: str = "reflect") -> Tree:
-    """Pre-LN or Pre-RMSNorm -> compact Pre-CRMSNorm of width d - 1: compress . recenter . fold_affine. Run it with `crms_norm`."""
-    return compress(params, spec, basis)
+def to_pre_crmsnorm(params: Tree, spec: MainBranch, basis: str = "reflect", layout: str = "compact") -> Tree:
+    """Pre-LN or Pre-RMSNorm -> Pre-CRMSNorm: compress . recenter . fold_affine. Run it with `crms_norm`, or packed with
+    `crms_norm_packed`."""
+    return compress(params, spec, basis, layout)
 
 
 def to_pre_ln(params: Tree, spec: MainBranch, basis: str = "reflect") -> Tree:

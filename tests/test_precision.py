@@ -68,6 +68,11 @@ def test_arrays_stay_what_and_where_they_were():
     (value,) = precision.in_slices(lambda x: (2 * x,), [leaf], [leaf.dtype], -1)
     assert precision.placed(value, leaf).devices() == {device}
     assert isinstance(precision.placed(value, np.ones(1)), np.ndarray)
-    assert precision.placed(value[:1], leaf).devices() == {
-        jax.devices()[0]
-    }  # of another shape: as jax places new arrays
+    elsewhere = precision.placed(value[:1], leaf)  # of another shape: as jax places new arrays
+    assert elsewhere.devices() == {jax.devices()[0]}
+
+
+def test_a_result_is_not_copied_on_its_way_to_jax():
+    leaf = jnp.ones((30, 50), jnp.bfloat16)
+    (value,) = precision.in_slices(lambda x: (2 * x,), [leaf], [leaf.dtype], -1)
+    assert precision.placed(value, leaf).unsafe_buffer_pointer() == value.ctypes.data

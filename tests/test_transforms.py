@@ -6,6 +6,7 @@ has, one with (out, in) kernels), an embedding with a mean and a head without a 
 """
 
 import functools
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import prenorm_jax as pn
-from prenorm_jax import MainBranch, Norm, Reader, Writer
+from prenorm_jax import MainBranch, Norm, Reader, Writer, precision
 from prenorm_jax.paths import leaves, with_leaves
 
 EPS = 1e-2  # large enough that a wrong eps shows
@@ -106,6 +107,7 @@ def chain(*steps, spec=SPEC):
 
 drop = functools.partial(pn.compress, basis="drop")
 undrop = functools.partial(pn.decompress, basis="drop")
+packed_at_once = functools.partial(pn.compress, basis="drop", layout="packed")
 CHARTS = {  # the transforms -> the norm of the chart in which they leave the tree
     "fold_affine": (chain(pn.fold_affine), "layer"),
     "recenter": (chain(pn.recenter), "layer"),
@@ -121,6 +123,7 @@ CHARTS = {  # the transforms -> the norm of the chart in which they leave the tr
     "decompress drop": (chain(drop, undrop), "rms"),
     "pack reflect": (chain(pn.compress, pn.pack), "packed reflect"),
     "pack drop": (chain(drop, pn.pack), "packed drop"),
+    "compress, packed at once": (chain(packed_at_once), "packed drop"),
     "unpack": (chain(pn.compress, pn.pack, pn.unpack), "reflect"),
     "to_pre_ln": (chain(pn.compress, pn.to_pre_ln), "layer"),
 }
@@ -209,7 +212,9 @@ def test_compress_and_decompress_are_inverses(basis, assert_same):
     assert_same(pn.compress(full, SPEC, basis), compact, EXACT)
     np.testing.assert_allclose(full["embed"].mean(-1), 0, atol=1e-14)
     assert_same(pn.recenter(full, SPEC), full, EXACT)
-    assert_same(pn.unpack(pn.pack(compact, SPEC), SPEC), compact)
+    packed = pn.pack(compact, SPEC)
+    assert_same(pn.unpack(packed, SPEC), compact)
+    assert_same(pn.to_pre_crmsnorm(tree(), SPEC, basis, "packed"), packed)
 
 
 def test_the_gauge_is_blind_to_a_drift_of_the_mean():
@@ -321,6 +326,31 @@ def test_an_unknown_basis_is_refused(change):
     params = pn.compress(tree(), SPEC) if change in (pn.decompress, pn.to_pre_ln) else tree()
     with pytest.raises(ValueError, match="basis: got 'rotate'; allowed: reflect, drop"):
         change(params, SPEC, "rotate")
+
+
+def test_an_unknown_layout_is_refused():
+    with pytest.raises(ValueError, match="layout: got 'wide'; allowed: compact, packed"):
+        pn.compress(tree(), SPEC, layout="wide")
+
+
+def test_converting_needs_the_memory_of_the_copy_and_of_a_few_slices(monkeypatch):
+    """Beyond the tree: 1 is the copy. Its kernels are several slices large, and of a narrower dtype than what is computed in."""
+    monkeypatch.setattr(precision, "SLICE", 2**12)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(np.array, tree(width=256, dtype=np.float32))
+    for layer, shape in (("up", (2048, 256)), ("down", (256, 2048))):
+        params["mlp"][layer]["kernel"] = rng.normal(size=shape).astype(np.float32)
+    params["mlp"]["up"]["bias"] = rng.normal(size=2048).astype(np.float32)
+    spec = MainBranch(SPEC.writers, SPEC.norms, SPEC.others, width=256)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    for change in (pn.to_pre_rmsnorm, pn.compress, packed_at_once):
+        tracemalloc.start()
+        converted = change(params, spec)
+        held, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert held > 0.95 * size  # what was converted is there, and was seen
+        assert peak < 1.2 * size, change
+        del converted
 
 
 def test_to_pre_ln_leaves_a_full_tree_as_it_is(assert_same):

@@ -21,7 +21,7 @@ import pathlib
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -308,72 +308,6 @@ def measure(preset: str, report: Callable[[str], None] = lambda line: None) -> d
     return {**result, "seconds": round(time.perf_counter() - begun, 1)}
 
 
-def markdown(result: Mapping[str, Any], picture: str) -> str:
-    """The document: tables of the deepest read-out of every width, and the picture."""
-    lines = [
-        "# What rounding does to each form",
-        "",
-        f"Made by `python -m prenorm_jax.measure.drift {result['preset']}` on {result['device']}, in {result['seconds']:.0f} s. "
-        "What is measured: the docstring of `prenorm_jax.measure.drift`.",
-        "",
-        f"![errors, and the mean by layer]({picture})",
-    ]
-    for study in result["studies"]:
-        for question, words in QUESTIONS.items():
-            lines += [
-                "",
-                f"## Width {study['width']}, {max(study['depths'])} layers: {words}",
-                "",
-                *_table(study, question),
-            ]
-        lines += [
-            "",
-            f"## Width {study['width']}: by depth, {_shown(study)}, mean {study['means'][0]:g} sd",
-            "",
-            *_by_depth(study),
-        ]
-    return "\n".join(lines) + "\n"
-
-
-QUESTIONS = {
-    "computation": "computing in a dtype; error of the logits (rms, relative to the float64 oracle's), same argmax",
-    "checkpoint": "converting a stored checkpoint; computed in float64, error against that checkpoint's own logits",
-}
-
-
-def _table(study: Mapping[str, Any], question: str) -> list[str]:
-    means = study["means"]
-    lines = [f"| dtype | form | {' | '.join(f'mean {mean:g} sd' for mean in means)} |", "|---" * (len(means) + 2) + "|"]
-    rows = {(row["dtype"], row["form"], row["mean"]): row for row in study["rows"] if row["question"] == question}
-    for dtype in study["dtypes"]:
-        for form in FORMS_OF[question]:
-            if question == "checkpoint" and form == "pre_ln":  # its own oracle
-                continue
-            cells = (rows[dtype, form, mean] for mean in means)
-            texts = (f"{row['logits_rms'][-1]:.1e}, {100 * row['agreement'][-1]:.1f} %" for row in cells)
-            lines.append(f"| {dtype} | {form} | {' | '.join(texts)} |")
-    return lines
-
-
-def _by_depth(study: Mapping[str, Any]) -> list[str]:
-    depths = study["depths"]
-    lines = [
-        f"| form | {' | '.join(f'{depth} layers' for depth in depths)} | mean of the main branch, last layer |",
-        "|---" * (len(depths) + 2) + "|",
-    ]
-    rows = {(row["question"], row["dtype"], row["mean"], row["form"]): row for row in study["rows"]}
-    for form in FORMS:
-        row = rows["computation", _shown(study), study["means"][0], form]
-        last = f"{row['stream_mean'][-1]:.1e}" if row["stream_mean"] else "none"
-        lines.append(f"| {form} | {' | '.join(f'{error:.1e}' for error in row['logits_rms'])} | {last} |")
-    return lines
-
-
-def _shown(study: Mapping[str, Any]) -> str:
-    """The dtype of the tables and panels that show one: that of training."""
-    return "bfloat16" if "bfloat16" in study["dtypes"] else study["dtypes"][-1]
-
-
 def main(arguments: list[str]) -> int:
     """Runs a preset, or reads a result, and writes the document."""
     parser = argparse.ArgumentParser(prog="prenorm_jax.measure.drift", description=(__doc__ or "").partition("\n")[0])
@@ -396,10 +330,11 @@ def main(arguments: list[str]) -> int:
         path.write_text(json.dumps(result) + "\n")
         print(f"written: {path}, after {result['seconds']} s")
     if not given.no_docs:
-        from prenorm_jax.measure import pictures
+        from prenorm_jax.measure import drift_document, pictures
 
-        pictures.drift(result["studies"][-1], _shown(result["studies"][-1]), given.docs / "drift.png", result["device"])
-        (given.docs / "drift.md").write_text(markdown(result, "drift.png"))
+        widest = result["studies"][-1]
+        pictures.drift(widest, drift_document.shown(widest), given.docs / "drift.png", result["device"])
+        (given.docs / "drift.md").write_text(drift_document.markdown(result, "drift.png"))
         print(f"written: {given.docs / 'drift.md'}, drift.png")
     return 0
 

@@ -1,12 +1,16 @@
-"""What converting a large tree costs the host in time and memory: python -m prenorm_jax.measure.scale [--dtype bfloat16] [--scanned]
+"""What converting a large tree costs the host in time and memory: python -m prenorm_jax.measure.scale [--json PATH]
 
-A GPT of 1.3 billion parameters (24 layers of width 2048) is filled with random numbers and converted in a process of its own. Peak
-memory is the process's high-water mark above what it held before the tree was there, over the tree's size: 2 is the tree and its copy.
+A GPT of 1.4 billion parameters (24 layers of width 2048, untied) is filled with random numbers and converted, each time in a process of
+its own. Peak memory is the process's high-water mark above what it held before the tree was there, over the tree's size: 2 is the tree
+and its copy. With --conversion, one conversion is measured in this process.
 """
 
 import argparse
 import dataclasses
 import json
+import os
+import pathlib
+import platform
 import resource
 import subprocess
 import sys
@@ -19,14 +23,22 @@ import numpy as np
 
 from prenorm_jax import layouts, models, transforms
 from prenorm_jax.models.config import GPT_SIZES
+from prenorm_jax.precision import aligned
 
 CONVERSIONS = {
     "to_pre_rmsnorm": lambda params: transforms.to_pre_rmsnorm(params, layouts.GPT),
-    "compress, pack": lambda params: transforms.pack(
-        transforms.strip_affine(transforms.compress(params, layouts.GPT), layouts.GPT), layouts.GPT
-    ),
+    "to_pre_crmsnorm": lambda params: transforms.to_pre_crmsnorm(params, layouts.GPT),
+    "to_pre_crmsnorm, drop": lambda params: transforms.to_pre_crmsnorm(params, layouts.GPT, "drop"),
+    "to_pre_crmsnorm, packed": lambda params: transforms.to_pre_crmsnorm(params, layouts.GPT, layout="packed"),
 }
 DTYPES = ("float32", "bfloat16", "float16")
+RUNS = (
+    *((conversion, "float32", False) for conversion in CONVERSIONS),
+    ("to_pre_rmsnorm", "bfloat16", False),
+    ("to_pre_rmsnorm", "float32", True),
+    ("to_pre_crmsnorm", "float32", True),
+)
+"""(conversion, storage dtype, whether layers are stacked): the rows of the table. The largest stacked leaf holds 400 million numbers."""
 
 
 def measure(size: str, conversion: str, dtype: str, scanned: bool) -> dict[str, Any]:
@@ -67,13 +79,13 @@ def in_a_process(size: str, conversion: str, dtype: str, scanned: bool) -> dict[
 
 def _filled(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> jax.Array:
     """Random numbers in memory of their own, drawn row by row."""
-    leaf = np.empty(shape, jnp.dtype(dtype))
+    leaf = aligned(shape, jnp.dtype(dtype))
     rows = leaf.reshape(-1, shape[-1])
     step = max(2**20 // shape[-1], 1)
     for first in range(0, len(rows), step):
         part = rows[first : first + step]
         part[...] = rng.standard_normal(part.shape, np.float32)
-    return jnp.asarray(leaf)
+    return jax.device_put(leaf)
 
 
 def _peak() -> int:
@@ -81,17 +93,39 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a row a conversion."""
+    lines = [
+        "| conversion | stored in | layers | parameters | tree | seconds | peak memory, trees |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['conversion']} | {row['dtype']} | {row['layers']} | {row['parameters'] / 1e9:.2f} billion "
+            f"| {row['tree_gib']:.2f} GiB | {row['seconds']:.0f} | {row['peak_over_tree']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def main(arguments: list[str]) -> int:
-    """Measures one conversion and prints it as JSON."""
+    """Measures one conversion here, or the whole table in processes of their own."""
     parser = argparse.ArgumentParser(prog="prenorm_jax.measure.scale", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", choices=list(GPT_SIZES), default="xl")
-    parser.add_argument("--conversion", choices=list(CONVERSIONS), default="to_pre_rmsnorm")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument(
-        "--scanned", action="store_true", help="layers stacked: the largest leaves hold 400 million numbers"
+        "--conversion", choices=list(CONVERSIONS), help="measure this one; all of the table if left out"
     )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--scanned", action="store_true", help="layers stacked")
+    parser.add_argument("--json", type=pathlib.Path, help="where the table's figures go")
     given = parser.parse_args(arguments)
-    print(json.dumps(measure(given.size, given.conversion, given.dtype, given.scanned), indent=2))
+    if given.conversion:
+        print(json.dumps(measure(given.size, given.conversion, given.dtype, given.scanned), indent=2))
+        return 0
+    rows = [in_a_process(given.size, *run) for run in RUNS]
+    print(table(rows))
+    if given.json:
+        machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores, jax {jax.__version__}"
+        given.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prenorm_jax import transforms
-from prenorm_jax.measure import drift
+from prenorm_jax.measure import drift, drift_document
 from prenorm_jax.norms import rms_norm
 
 ROOT = Path(__file__).parents[2]
@@ -84,4 +84,4 @@ def test_words_that_it_does_not_know(words, capsys):
 def test_the_published_document_is_that_of_the_published_result():
     text = (ROOT / "docs/drift.md").read_text()
     results = [json.loads(path.read_text()) for path in sorted((ROOT / "results/drift").glob("*.json"))]
-    assert text in [drift.markdown(result, "drift.png") for result in results]
+    assert text in [drift_document.markdown(result, "drift.png") for result in results]
