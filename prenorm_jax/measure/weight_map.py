@@ -62,7 +62,7 @@ def measure(config: ViTConfig, batch_size: int, **windows: int) -> dict[str, Any
         steps |= {f"{norm}, native": step(norm, "native"), f"{norm}, native again": step(norm, "native")}
         steps[f"{norm}, pre_ln coordinates"] = step(norm, "pre_ln")
     times = interleaved(steps, **windows)
-    maps = {}
+    maps: dict[str, Case] = {}
     for name, change, tree in foreign_and_own_maps(config):
         values = drawn(tree)
         maps |= {name: map_case(change, values), f"{name}, and back": map_and_pull_back_case(change, values)}
