@@ -52,6 +52,7 @@ class Config:
     final_norms: int = 1  # 2: one for the first token, one for the mean, one head behind both
     cross: bool = False  # a decoder, reading an encoder's output
     headless: bool = False  # an encoder: its output is that of its final norm
+    plain: bool = False  # built with RMSNorm of the library's own, as wide as the main branch is now
 
     @property
     def written(self) -> int:
@@ -113,9 +114,7 @@ def describe(c: Config, *, bias: bool = True, prefix: str = "", readers: tuple[R
     mlp_writes = {
         "plain": linear(f"{block}mlp/down", scales.get(f"{block}mlp")),
         "gated": linear(f"{block}mlp/down", scales.get(f"{block}mlp")),
-        "experts": [
-            Writer(f"{block}mlp/{leaf}", scale=scales.get(f"{block}mlp")) for leaf in ("down", "down_bias")
-        ],
+        "experts": [Writer(f"{block}mlp/{leaf}", scale=scales.get(f"{block}mlp")) for leaf in ("down", "down_bias")],
     }[c.mlp]
     block_writes = linear(f"{block}attn/out", scales.get(f"{block}attn")) + mlp_writes
     attention = attention_readers("attn")
@@ -137,7 +136,7 @@ def describe(c: Config, *, bias: bool = True, prefix: str = "", readers: tuple[R
     start += [f"{prefix}position"] if c.positions == "learned" else []
     start += [f"{prefix}segment/embedding"] if c.segments else []
     if c.embed_norm:
-        others += [*start, f"{prefix}embed_norm/scale", f"{prefix}embed_norm/bias"]
+        others += [MainBranch([*map(Writer, start)], [norm(f"{prefix}embed_norm", keep="it is recentered")])]
         start, recentered = [], [*recentered, f"{prefix}embed_norm"]
     elif c.positions == "constant":
         recentered += [f"{prefix}sincos"]
@@ -157,4 +156,6 @@ def describe(c: Config, *, bias: bool = True, prefix: str = "", readers: tuple[R
 def cross_readers(c: Config, prefix: str, *, bias: bool = True) -> tuple[Reader, ...]:
     """What reads an encoder's output in a decoder: keys and values of every layer's cross attention."""
     path, axis = f"{prefix}blocks/{{i...}}/cross/", -2 if c.qkv == "flat" else -3
-    return tuple(Reader(f"{path}{name}/kernel", axis, f"{path}{name}/bias" if bias else None) for name in ("key", "value"))
+    return tuple(
+        Reader(f"{path}{name}/kernel", axis, f"{path}{name}/bias" if bias else None) for name in ("key", "value")
+    )

@@ -5,13 +5,15 @@ import jax
 import jax.numpy as jnp
 from architecture import BLOCK_EPS, CLASSES, EMBED_EPS, EXPERTS, FINAL_EPS, VOCABULARY, Config, sincos
 
+import prenorm_jax as pn
+
 normal = nn.initializers.normal(1.0, jnp.float32)
 
 
 def layer_norm(c, name, eps):
-    return nn.LayerNorm(
-        eps, use_scale=c.norm_scale, use_bias=c.norm_bias, use_fast_variance=False, name=name
-    )
+    if c.plain:
+        return nn.RMSNorm(pn.plain_eps(eps, c.nominal), use_scale=False, name=name)
+    return nn.LayerNorm(eps, use_scale=c.norm_scale, use_bias=c.norm_bias, use_fast_variance=False, name=name)
 
 
 class Writes(nn.Module):
@@ -109,7 +111,9 @@ class Block(nn.Module):
     def _out(self, y, index):
         c = self.c
         if c.layer_scale:
-            y = y * self.param(f"scale{index}", normal, (1, 1, y.shape[-1]) if index == 1 else y.shape[-1:]).reshape(1, 1, -1)
+            y = y * self.param(f"scale{index}", normal, (1, 1, y.shape[-1]) if index == 1 else y.shape[-1:]).reshape(
+                1, 1, -1
+            )
         if c.drop_path:
             kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - c.drop_path, (y.shape[0], 1, 1))
             y = jnp.where(kept, y / (1 - c.drop_path), 0)
@@ -188,7 +192,11 @@ class Transformer(nn.Module):
         if c.positions == "learned":
             return x + self.param("position", normal, (length, c.embedded))[None]
         if c.positions == "constant":
-            constant = Constant(length, c.nominal, name="sincos")() if self.write is None else self.write(sincos(length, c.nominal))
+            constant = (
+                Constant(length, c.nominal, name="sincos")()
+                if self.write is None
+                else self.write(sincos(length, c.nominal))
+            )
             return x + constant[None].astype(x.dtype)
         return x
 

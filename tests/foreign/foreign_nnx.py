@@ -5,12 +5,16 @@ import jax.numpy as jnp
 from architecture import BLOCK_EPS, CLASSES, EMBED_EPS, EXPERTS, FINAL_EPS, VOCABULARY, sincos
 from flax import nnx
 
+import prenorm_jax as pn
+
 
 def parameter(rngs, *shape):
     return nnx.Param(jax.random.normal(rngs.params(), shape))
 
 
 def layer_norm(c, eps, rngs):
+    if c.plain:
+        return nnx.RMSNorm(c.width, epsilon=pn.plain_eps(eps, c.nominal), use_scale=False, rngs=rngs)
     return nnx.LayerNorm(
         c.width, epsilon=eps, use_scale=c.norm_scale, use_bias=c.norm_bias, use_fast_variance=False, rngs=rngs
     )
@@ -84,7 +88,10 @@ class Experts(nnx.Module):
         self.router = nnx.Linear(c.width, EXPERTS, use_bias=c.reader_bias, rngs=rngs)
         self.up = parameter(rngs, EXPERTS, c.width, c.mlp_width)
         self.up_bias = nnx.data(parameter(rngs, EXPERTS, c.mlp_width) if c.reader_bias else None)
-        self.down, self.down_bias = parameter(rngs, EXPERTS, c.mlp_width, c.written), parameter(rngs, EXPERTS, c.written)
+        self.down, self.down_bias = (
+            parameter(rngs, EXPERTS, c.mlp_width, c.written),
+            parameter(rngs, EXPERTS, c.written),
+        )
 
     def __call__(self, n):
         y = jnp.einsum("bld,edf->blef", n, self.up[...])
