@@ -5,6 +5,7 @@ import typing as _typing
 from prenorm_jax import layouts
 from prenorm_jax.bases import compress_activation, expand_activation, recenter_activation
 from prenorm_jax.main_branch import LayoutError, MainBranch, Norm, Reader, Writer, side_by_side
+from prenorm_jax.manifest import ManifestError, check_manifest, manifest
 from prenorm_jax.norms import crms_norm, crms_norm_packed, layer_norm, rms_norm
 from prenorm_jax.tracing import ConversionError, Converted, convert, trace
 from prenorm_jax.transforms import (
@@ -43,9 +44,11 @@ __all__ = [
     "Converted",
     "LayoutError",
     "MainBranch",
+    "ManifestError",
     "Norm",
     "Reader",
     "Writer",
+    "check_manifest",
     "compress",
     "compress_activation",
     "convert",
@@ -57,6 +60,7 @@ __all__ = [
     "intercept_norms",
     "layer_norm",
     "layouts",
+    "manifest",
     "pack",
     "plain_eps",
     "recenter",
