@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from architecture import SIDE, VOCABULARY
 from flax import nnx
+from programs import LinenProgram, NNXProgram, Program
 
 import prenorm_jax as pn
 from prenorm_jax.paths import leaves, with_leaves
@@ -57,6 +58,8 @@ class Linen:
         self.model = self._build(configs)
 
     def _build(self, configs):
+        if isinstance(configs[0], Program):
+            return LinenProgram(*configs)
         kind = foreign_linen.Transformer if len(configs) == 1 else foreign_linen.EncoderDecoder
         return kind(*configs, **self.fields)
 
@@ -106,7 +109,10 @@ class NNX:
     def __init__(self, *configs, **fields):
         kind = foreign_nnx.Transformer if len(configs) == 1 else foreign_nnx.EncoderDecoder
         self.configs, self.fields = configs, fields
-        model = nnx.eval_shape(lambda: kind(*configs, nnx.Rngs(0), **fields))
+        if isinstance(configs[0], Program):
+            model = nnx.eval_shape(lambda: NNXProgram(*configs, nnx.Rngs(0), example(*configs)))
+        else:
+            model = nnx.eval_shape(lambda: kind(*configs, nnx.Rngs(0), **fields))
         self.graph, self.shapes, rest = nnx.split(model, nnx.Param, ...)
         self.rest = jax.tree.map(_rng_state, rest)
 
@@ -124,7 +130,7 @@ class NNX:
 
     def run_form(self, params, specs, form, *inputs, **fields):
         """Parameters that are said to be transformed, in a model whose norms are swapped."""
-        of = type(self)(*self.configs, **{**self.fields, **fields})
+        of = type(self)(*self.configs, **{**self.fields, **fields}) if fields else self
         model = of.model(of.params(*inputs))
         for spec in specs:
             model = pn.swap_norms(model, spec, params, **FORMS[form])
@@ -143,7 +149,8 @@ class NNX:
         """fn(Pre-LN parameters, *inputs), through that form."""
 
         def call(params, *inputs):
-            model = type(self)(*self.configs, **{**self.fields, **fields}).model(params)
+            of = type(self)(*self.configs, **{**self.fields, **fields}) if fields else self
+            model = of.model(params)
             for spec in specs:
                 model = pn.swap_norms(model, spec, **FORMS[form])
             return model(*inputs)
