@@ -99,10 +99,10 @@ def test_main_branches_side_by_side_are_strict():
     params = Linen(encoder, decoder).params(example(encoder), example(decoder))
     first = describe(encoder, prefix="encoder/", readers=cross_readers(decoder, "decoder/"))
     second = describe(decoder, prefix="decoder/")
-    with pytest.raises(pn.LayoutError, match="decoder/.*no rule covers it"):
+    with pytest.raises(pn.LayoutError, match=r"decoder/.*no rule covers it"):
         first.resolve(params)
     lacking = dataclasses.replace(second, norms=second.norms[:-1])
-    with pytest.raises(pn.LayoutError, match="decoder/head/bias .*no rule covers it"):
+    with pytest.raises(pn.LayoutError, match=r"decoder/head/bias .*no rule covers it"):
         pn.side_by_side(first, lacking)[0].resolve(params)
     both = pn.side_by_side(first, second)
     assert len(both[0].resolve(params).norms) == 5
