@@ -11,9 +11,9 @@ LayerNorm ignores a multiple of (1, ..., 1), and what it multiplies by gamma its
     coordinates  reflecting writers and readers changes no output (see `coordinates`): nothing else writes, nothing else reads.
 
 What fn alone can't show: whether recentering a module's output makes the function equal, and what reads a norm that is kept, if that is not
-described. `check` asks for `converted` then: the function with RMSNorm in its norms' places (and the transforms inside), which has to equal
-fn, and decides wherever it is given. It alone can show one number that is added to all channels of a token (and is no leaf): LayerNorm hides
-that at any depth. Inputs that don't reach a leaf don't test it.
+described. `check` asks for `converted` then: the function with RMSNorm in its norms' places (and the transforms inside), which has to
+equal fn, and decides wherever it is given. It alone can show one number that is added to all channels of a token (and is no leaf):
+LayerNorm hides that at any depth. Inputs that don't reach a leaf don't test it.
 """
 
 from __future__ import annotations
@@ -131,7 +131,12 @@ def _culprits(
 ) -> str:
     """The leaves that have to be changed for a shift to be invisible, other than those described as shifted."""
     affine = {path for norm in found.norms for path in (norm.scale, norm.bias)}
-    candidates = [place for place in places(base, found.lanes) if place not in found.writers and place[0] not in affine]
+    readers = {(reader.kernel, reader.axis) for norm in found.norms for reader in norm.readers}
+    known = {
+        *found.writers,
+        *(readers if change is _uniform else ()),
+    }  # a uniform reader reads nothing of a normalised row
+    candidates = [place for place in places(base, found.lanes) if place not in known and place[0] not in affine]
 
     def seen(changed: Iterable[tuple[str, int]]) -> bool:
         flat = dict(base)

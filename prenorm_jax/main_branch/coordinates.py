@@ -111,8 +111,8 @@ def check_coordinates(probe: Probe, base: Flat, found: Resolved, recentered: Seq
         raise LayoutError(KEPT.format(kept[0]))
     raise LayoutError(
         "more than the described writers and readers touches the main branch: a constant or a norm's output that writes (name its module "
-        "in recentered), an input of that width, a map of single coordinates in front of a reader (which Pre-RMSNorm allows); converted=... "
-        "decides"
+        "in recentered), an input of that width, a map of single coordinates in front of a reader (which Pre-RMSNorm allows); "
+        "converted=... decides"
     )
 
 
@@ -131,8 +131,8 @@ def untold(probe: Probe, base: Flat, found: Resolved) -> Iterator[str]:
         if probe.moved(constant, base) <= 1 < probe.moved(values, base):
             yield (
                 f"{path} {leaf.shape}: described as no writer, yet no output sees a constant along its axis {axis}: a writer that was "
-                "missed, or a reader behind a norm without affine? If it feeds another norm than the main branch's (behind the embedding, of "
-                "another main branch), describe that in others as a MainBranch of its own"
+                "missed, or a reader behind a norm without affine? If it feeds another norm than the main branch's (behind the embedding, "
+                "of another main branch), describe that in others as a MainBranch of its own"
             )
 
 
