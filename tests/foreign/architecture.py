@@ -120,7 +120,8 @@ def describe(c: Config, *, bias: bool = True, prefix: str = "", readers: tuple[R
     attention = attention_readers("attn")
     norms = [norm(f"{block}norm1", *attention, *mlp_reads if c.parallel else ())]
     norms += [] if c.parallel else [norm(f"{block}norm2", *mlp_reads)]
-    others = [f"{block}{name}/lora_a" for name in ("attn/out", "mlp/down")] if c.lora else []
+    adapted = ["attn/out", *["mlp/down"] * (c.mlp != "experts")] if c.lora else []
+    others = [f"{block}{name}/lora_a" for name in adapted]
     others += [f"{block}attn/{name}_norm/scale" for name in ("query", "key")] if c.qk_norm else []
     recentered = []
     if c.cross:
