@@ -1,5 +1,6 @@
 """Parameter trees as paths: "blocks/0/attn/query/kernel" to an array, whatever the containers are."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -30,15 +31,20 @@ def leaves(tree: Tree) -> dict[str, Any]:
     return found
 
 
-def with_leaves(tree: Tree, flat: Mapping[str, Any]) -> Tree:
+def with_leaves(tree: Tree, flat: Mapping[str, Any], like: Mapping[str, tuple[str, int]] | None = None) -> Tree:
     """`tree` with the leaves of `flat`: replaced, added beside others or removed; `tree` itself is left as it is.
 
-    Containers keep their type. Leaves can be added to and removed from mappings only; a new leaf's parents are made where they are missing.
+    Containers keep their type. Leaves can be added to and removed from mappings only; a new leaf's parents are made where they are missing,
+    and its box (a Flax Variable, a partitioned parameter) is like its neighbours', or like that of the leaf that `like` names for it, less one
+    of its (negative) axes.
     Raises: TreeError where a leaf would have to be added to or removed from something else.
     """
     if list(leaves(tree)) == list(flat):
         return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(tree), list(flat.values()))
     unused = dict(flat)
+    boxes = _boxes(tree)
+    for path, (source, axis) in (like or {}).items():
+        unused[path] = _in_box_less_axis(boxes[source], unused[path], axis)
     parents = {path[: end.start()] for path in flat for end in re.finditer("/", path)} | set(flat)
     result = _rebuilt(tree, "", unused, parents)
     if unused:
@@ -76,11 +82,34 @@ def _children(node: Mapping[Any, Any]) -> dict[Any, Any]:
 
 def _boxed_like(siblings: Mapping[Any, Any], value: Any) -> Any:
     """`value`, in the box that the leaves beside or below it are in (a Flax Variable, for example)."""
-    boxes = jax.tree_util.tree_leaves(siblings, is_leaf=lambda node: not isinstance(node, Mapping | list | tuple))
-    for box in boxes:
+    if not jax.tree_util.all_leaves([value]):
+        return value  # it has a box
+    for box in _boxes(siblings).values():
         if len(jax.tree_util.tree_leaves(box)) == 1:
             return jax.tree_util.tree_map(lambda _: value, box)
     return value
+
+
+def _boxes(tree: Tree) -> dict[str, Any]:
+    """Path -> leaf, in its box."""
+    held = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: not isinstance(node, Mapping | list | tuple))
+    return {_path(keys): box for keys, box in held[0]}
+
+
+def _in_box_less_axis(box: Any, value: Any, axis: int) -> Any:
+    """`value` in a box whose names of axes are those of `box` but for one."""
+    names_of_axes = {
+        name: names[:axis] + names[axis:][1:]
+        for name, names in getattr(box, "get_metadata", lambda: vars(box) if hasattr(box, "__dict__") else {})().items()
+        if isinstance(names, tuple) and len(names) == value.ndim + 1
+    }
+    new = jax.tree_util.tree_map(lambda _: value, box)
+    if not names_of_axes:
+        return new
+    if dataclasses.is_dataclass(new):
+        return dataclasses.replace(new, **names_of_axes)
+    new.set_metadata(**names_of_axes)
+    return new
 
 
 def _path(keys: tuple[Any, ...]) -> str:

@@ -228,8 +228,11 @@ def untie(params: Tree, table: str, head: str, *, scale: float = 1.0) -> Tree:
     return with_leaves(params, flat)
 
 
-def require_recentered(params: Tree, spec: MainBranch) -> None:
+def require_recentered(params: Tree, spec: MainBranch, stored: Any = None) -> None:
     """Refuses concrete parameters of an RMSNorm model whose main branch has a mean: such a model is no Pre-LN model in disguise.
+
+    Args:
+      stored: a dtype in which they may have been stored since they were recentered: the means of what was rounded to it are let through.
 
     Raises: LayoutError naming the writer with the largest mean, where that is more than rounding.
     """
@@ -240,9 +243,11 @@ def require_recentered(params: Tree, spec: MainBranch) -> None:
         row = _layer_scale(found, flat, path, axis)
         mean, square = in_slices(functools.partial(_moments, axis), [flat[path], row], [np.float64] * 2, axis)
         rounding = float(jnp.finfo(flat[path].dtype).eps) * np.sqrt(square.mean())
+        if stored is not None:  # d roundings that know nothing of each other
+            rounding = max(rounding, float(jnp.finfo(stored).eps) * np.sqrt(square.mean() / found.lanes))
         means[path] = float(np.abs(mean).max() / max(rounding, np.finfo(np.float64).tiny))
-    worst = max(means, key=lambda path: means[path])
-    if means[worst] > 8:
+    worst = max(means, key=lambda path: means[path], default=None)
+    if worst is not None and means[worst] > 8:
         raise LayoutError(
             f"{worst}: its mean along the main branch is {means[worst]:.1e} x its rounding error, so RMSNorm sees it and LayerNorm "
             "would not; only a recentered model has a Pre-LN equal"
@@ -275,6 +280,7 @@ def _transform(
     old = leaves(params)
     new = dict(old)
     _check_kept(found, reader, spare)
+    gained: dict[str, tuple[str, int]] = {}
     read = set()  # a kernel behind several norms (without affine) is one kernel
     for norm in found.norms:
         if not norm.folds:
@@ -290,6 +296,8 @@ def _transform(
             new[leaf.kernel] = placed(kernel, old[leaf.kernel])
             if leaf.bias and bias is not None:
                 new[leaf.bias] = placed(bias, old.get(leaf.bias, old[leaf.kernel]))
+                if leaf.new_bias:
+                    gained[leaf.bias] = (leaf.kernel, leaf.axis)
             elif leaf.bias and spare == "fill":
                 new.pop(leaf.bias, None)
         for path, neutral in ((norm.scale, 1), (norm.bias, 0)):
@@ -302,7 +310,7 @@ def _transform(
             new[path] = placed(value, old[path])
     for path in set(found.layer_scales.values()) if writer else ():
         new[path] = _vector(np.ones(old[path].shape), old[path], affine)
-    return with_leaves(params, new)
+    return with_leaves(params, new, gained)
 
 
 def _vector(value: Array, like: Array, maps: Sequence[Map]) -> Array:

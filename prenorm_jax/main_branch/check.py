@@ -7,12 +7,13 @@ LayerNorm ignores a multiple of (1, ..., 1), and what it multiplies by gamma its
     norms        multiplying gamma and beta by a random positive vector and dividing all readers by it along their axes changes no output
                  (a norm with beta alone: adding to it and subtracting what the readers make of that from their biases; a norm without
                  either: adding a constant along the readers' axes, since what they read has zero mean);
-    the rest     no leaf that is not described as a writer behaves like one: constants along an axis as long as the main branch is wide
-                 invisible, random values visible.
+    readers      with all readers at zero, no output depends on the writers;
+    coordinates  reflecting writers and readers changes no output (see `coordinates`): nothing else writes, nothing else reads.
 
-What fn alone can't show, since LayerNorm hides it: something that is no leaf and writes a mean (a constant, a norm's output that goes back
-to the main branch, and is kept) and a bias-only norm whose readers have no bias. `converted`, the function with RMSNorm in its norms'
-places (and the transforms inside), shows everything: it has to equal fn. Inputs that don't reach a leaf don't test it.
+What fn alone can't show: whether recentering a module's output makes the function equal, and what reads a norm that is kept, if that is not
+described. `check` asks for `converted` then: the function with RMSNorm in its norms' places (and the transforms inside), which has to
+equal fn, and decides wherever it is given. It alone can show one number that is added to all channels of a token (and is no leaf):
+LayerNorm hides that at any depth. Inputs that don't reach a leaf don't test it.
 """
 
 from __future__ import annotations
@@ -21,21 +22,17 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from prenorm_jax.bases import along, stacks
+from prenorm_jax.bases import along
+from prenorm_jax.main_branch.coordinates import check_coordinates, check_nothing_else_reads, untold
 from prenorm_jax.main_branch.patterns import LayoutError
+from prenorm_jax.main_branch.probe import Flat, Probe, can_scale, places
 from prenorm_jax.main_branch.resolve import NormLeaves, Resolved
-from prenorm_jax.paths import Tree, leaves, with_leaves
+from prenorm_jax.paths import Tree
 
 if TYPE_CHECKING:
     from prenorm_jax.main_branch.rules import MainBranch
-
-Flat = dict[str, Any]
-
-TOLERANCE = {"float64": 1e-8, "float32": 1e-3, "float16": 5e-2, "bfloat16": 5e-2}
-"""dtype of an output -> how much of its largest entry counts as unmoved."""
 
 
 def check(
@@ -48,65 +45,18 @@ def check(
     """`MainBranch.check`."""
     found = spec.resolve(params)
     with jax.enable_x64(True):
-        probe = _Probe(fn, params, inputs)
+        probe = Probe(fn, params, inputs)
         base = _without_layer_scales(probe, found)
         _check_writers(probe, base, found)
         _check_norms(probe, base, found)
-        missed = list(_like_writers(probe, base, found))
+        check_nothing_else_reads(probe, base, found)
         if converted is not None:
-            _check_converted(probe, converted, missed)
-        elif missed:
-            path, axis = missed[0]
-            raise LayoutError(
-                f"{path} {base[path].shape}: described as no writer, yet no output sees a constant along its axis {axis}: a writer that "
-                "was missed? If it feeds another norm than the main branch's (behind the embedding, of queries or keys, another main "
-                "branch), describe that in others as a MainBranch of its own, or pass converted=..., which decides"
-            )
+            _check_converted(probe, base, found, converted)
+        else:
+            check_coordinates(probe, base, found, spec.recentered)
 
 
-class _Probe:
-    """A function of parameters, evaluated in the widest type that it lets through."""
-
-    def __init__(self, fn: Callable[..., Any], params: Tree, inputs: tuple[Any, ...]):
-        self.params, self.fn, self.random = params, jax.jit(fn), np.random.default_rng(0)
-        wide = {path: _wide(leaf) for path, leaf in leaves(params).items()}
-        try:
-            self.inputs = jax.tree.map(_wide, inputs)
-            self.outputs(wide)
-            self.flat = wide
-        except (TypeError, ValueError):  # a loop's carry of a fixed type, for example
-            self.inputs = inputs
-            self.flat = {path: np.asarray(leaf) if _is_float(leaf) else leaf for path, leaf in leaves(params).items()}
-
-    def outputs(self, flat: Flat, fn: Callable[..., Any] | None = None) -> list[Any]:
-        found = jax.tree.leaves((fn or self.fn)(with_leaves(self.params, flat), *self.inputs))
-        floats = [leaf for leaf in found if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
-        if not floats:
-            raise LayoutError("check: fn returns nothing of a floating dtype, so nothing can be seen to move")
-        return floats
-
-    def moved(self, flat: Flat, base: Flat) -> float:
-        """The largest change of an output from one tree to another, over its tolerance: more than 1 is seen."""
-        return max(map(distance, self.outputs(flat), self.outputs(base)))
-
-    def constant(self, leaf: np.ndarray, axis: int) -> np.ndarray:
-        """A random constant along an axis, as large as the leaf's entries."""
-        shape = list(leaf.shape)
-        shape[axis] = 1
-        return (self.random.normal(size=shape) * _size(leaf)).astype(leaf.dtype)
-
-
-def distance(actual: Any, expected: Any) -> float:
-    """The largest difference of two outputs, over what counts as unmoved."""
-    tolerance = TOLERANCE[str(jnp.result_type(expected))]
-    a, b = (np.asarray(value, np.float64) for value in (actual, expected))
-    if not np.all(np.isfinite(b)):
-        raise LayoutError("check: fn is not finite on these inputs, so nothing can be seen to move")
-    worst = np.max(np.abs(a - b), initial=0.0) / max(np.max(np.abs(b), initial=0.0), 1e-30) / tolerance
-    return float(worst) if np.isfinite(worst) else np.inf
-
-
-def _without_layer_scales(probe: _Probe, found: Resolved) -> Flat:
+def _without_layer_scales(probe: Probe, found: Resolved) -> Flat:
     """The tree with each LayerScale moved into its writers; refused where that changes the function."""
     flat, axes = dict(probe.flat), dict(found.writers)
     for scale in sorted(set(found.layer_scales.values())):
@@ -122,7 +72,7 @@ def _without_layer_scales(probe: _Probe, found: Resolved) -> Flat:
     return flat
 
 
-def _check_writers(probe: _Probe, base: Flat, found: Resolved) -> None:
+def _check_writers(probe: Probe, base: Flat, found: Resolved) -> None:
     shifts = {(path, axis): probe.constant(base[path], axis) for path, axis in found.writers}
 
     def shifted(flat: Flat, writers: Iterable[tuple[str, int]]) -> Flat:
@@ -138,17 +88,28 @@ def _check_writers(probe: _Probe, base: Flat, found: Resolved) -> None:
         if other != axis and probe.moved({**base, path: base[path] + constant}, base) <= 1:
             raise LayoutError(f"{head}; they don't along axis {other}: is that the axis?")
     for scale, leaf in base.items():
-        if scale in found.layer_scales.values() or not _can_scale(leaf, base[path], axis):
+        if scale in found.layer_scales.values() or not can_scale(leaf, base[path], axis):
             continue
         row = along(leaf, base[path], axis)
         if np.all(row != 0) and probe.moved({**base, path: base[path] + shifts[path, axis] / row}, base) <= 1:
             raise LayoutError(f"{head}: {scale} {leaf.shape} multiplies what it writes; give Writer(scale=...)")
-    raw = _raw_readers(probe, base, found, lambda flat: shifted(flat, movers))
+    raw = _culprits(probe, base, found, lambda flat: shifted(flat, movers), _blind)
     if raw:
-        where = " and ".join(f"{reader} (axis {reader_axis})" for reader, reader_axis in raw)
         raise LayoutError(
-            f"{where}: reads the main branch raw, behind no norm, and so sees the mean of what {path} writes; a main branch that is read "
+            f"{raw}: reads the main branch raw, behind no norm, and so sees the mean of what {path} writes; a main branch that is read "
             "raw can't be recentered or compressed"
+        )
+    gates = _culprits(probe, base, found, lambda flat: shifted(flat, movers), _uniform)
+    if gates:
+        raise LayoutError(
+            f"{gates}: a gate or a scale for each channel, between what {path} writes and a norm: it makes a mean out of what has none. "
+            "Only a vector right behind a writer can move into it (Writer(scale=...))"
+        )
+    outputs = [distance > 1 for distance in probe.distances(shifted(base, movers), base)]
+    if not all(outputs):
+        raise LayoutError(
+            f"{head}: {outputs.count(True)} of {len(outputs)} outputs do (the first is number {outputs.index(True)}), the others don't. A "
+            "main branch that is returned un-normed has a mean that is wanted: leave that output out of fn, or the model as it is"
         )
     if len(movers) == len(found.writers):
         raise LayoutError(
@@ -161,28 +122,50 @@ def _check_writers(probe: _Probe, base: Flat, found: Resolved) -> None:
     )
 
 
-def _raw_readers(probe: _Probe, base: Flat, found: Resolved, shifted: Callable[[Flat], Flat]) -> list[tuple[str, int]]:
-    """The leaves that have to be blind to a mean for a shift to be invisible, and are not described as readers."""
-    known = {*found.writers, *((r.kernel, r.axis) for n in found.norms for r in n.readers)}
-    candidates = [place for place in _places(base, found.lanes) if place not in known and base[place[0]].ndim > 1]
+def _culprits(
+    probe: Probe,
+    base: Flat,
+    found: Resolved,
+    shifted: Callable[[Flat], Flat],
+    change: Callable[[np.ndarray, int], np.ndarray],
+) -> str:
+    """The leaves that have to be changed for a shift to be invisible, other than those described as shifted."""
+    affine = {path for norm in found.norms for path in (norm.scale, norm.bias)}
+    readers = {(reader.kernel, reader.axis) for norm in found.norms for reader in norm.readers}
+    known = {
+        *found.writers,
+        *(readers if change is _uniform else ()),
+    }  # a uniform reader reads nothing of a normalised row
+    candidates = [place for place in places(base, found.lanes) if place not in known and place[0] not in affine]
 
-    def seen(blind: Iterable[tuple[str, int]]) -> bool:
+    def seen(changed: Iterable[tuple[str, int]]) -> bool:
         flat = dict(base)
-        for path, axis in blind:
-            flat[path] = flat[path] - flat[path].mean(axis=axis, keepdims=True)
-        return probe.moved(shifted(flat), flat) > 1
+        for path, axis in changed:
+            flat[path] = change(flat[path], axis)
+        return not probe.is_finite(flat) or probe.moved(shifted(flat), flat) > 1
 
     if not candidates or seen(candidates):
-        return []
+        return ""
     for place in list(candidates):
         rest = [other for other in candidates if other != place]
         if not seen(rest):
             candidates = rest
-    return candidates
+    return " and ".join(f"{path} (axis {axis})" for path, axis in candidates)
 
 
-def _check_norms(probe: _Probe, base: Flat, found: Resolved) -> None:
-    changes = {norm.name: _norm_change(probe, base, norm) for norm in found.norms if norm.keep is None}
+def _blind(leaf: np.ndarray, axis: int) -> np.ndarray:
+    """A reader that sees no mean. Of a vector's reader there would be nothing left."""
+    return leaf - leaf.mean(axis=axis, keepdims=True) if leaf.ndim > 1 else leaf
+
+
+def _uniform(leaf: np.ndarray, axis: int) -> np.ndarray:
+    """A gate that is one for all channels."""
+    return np.broadcast_to(leaf.mean(axis=axis, keepdims=True), leaf.shape).copy()
+
+
+def _check_norms(probe: Probe, base: Flat, found: Resolved) -> None:
+    factors = {n.name: probe.random.uniform(0.5, 2.0, size=base[n.scale].shape) for n in found.norms if n.scale}
+    changes = {n.name: _norm_change(probe, base, n, factors.get(n.name)) for n in found.norms if n.keep is None}
 
     def changed(names: Iterable[str]) -> Flat:
         flat = dict(base)
@@ -196,8 +179,10 @@ def _check_norms(probe: _Probe, base: Flat, found: Resolved) -> None:
         if norm.name not in changes or probe.moved(changed([norm.name]), base) <= 1:
             continue
         head = f"{norm.name}: moving the norm's affine into {', '.join(r.kernel for r in norm.readers)} changes the function"
-        for reader in _missing_readers(probe, base, found, norm, changed([norm.name])):
-            raise LayoutError(f"{head}, unless {reader[0]} (axis {reader[1]}) is a reader, too: name it")
+        for path, axis in _missing_readers(probe, base, found, norm, changed([norm.name]), factors.get(norm.name)):
+            if path in (reader.kernel for reader in norm.readers):
+                raise LayoutError(f"{head}; {path} {base[path].shape} reads along its axis {axis}")
+            raise LayoutError(f"{head}, unless {path} (axis {axis}) is a reader, too: name it")
         raise LayoutError(
             f"{head}: a reader is missing or has another axis; or what the norm returns goes back to the main branch (Post-LN), where an "
             "affine can't be moved: name such a norm with keep=..., and its module in recentered"
@@ -205,27 +190,26 @@ def _check_norms(probe: _Probe, base: Flat, found: Resolved) -> None:
 
 
 def _missing_readers(
-    probe: _Probe, base: Flat, found: Resolved, norm: NormLeaves, changed: Flat
+    probe: Probe, base: Flat, found: Resolved, norm: NormLeaves, changed: Flat, factor: np.ndarray | None
 ) -> Iterable[tuple[str, int]]:
-    """The one leaf that undoes the change of a norm's scale, once it is divided like the readers."""
-    if norm.scale is None:
-        return
-    for path, axis in _places(base, found.lanes):
-        if path not in (norm.scale, norm.bias) and _can_scale(base[norm.scale], base[path], axis):
-            with np.errstate(divide="ignore", invalid="ignore"):
-                factor = np.nan_to_num(changed[norm.scale] / base[norm.scale], nan=1.0)
-            if probe.moved({**changed, path: changed[path] / along(factor, base[path], axis)}, base) <= 1:
+    """The one leaf that undoes the change of a norm's scale, once it is divided like the readers along this axis."""
+    kernels = {reader.kernel for reader in norm.readers}
+    for path, axis in places(base, found.lanes) if factor is not None else ():
+        if path not in (norm.scale, norm.bias) and can_scale(factor, base[path], axis):
+            leaf = base[path] if path in kernels else changed[path]
+            if probe.moved({**changed, path: leaf / along(factor, leaf, axis)}, base) <= 1:
                 yield path, axis
 
 
-def _norm_change(probe: _Probe, base: Flat, norm: NormLeaves) -> Mapping[str, Callable[[Any], Any]]:
-    """A change of a norm's leaves that a change of its readers undoes, leaf by leaf."""
+def _norm_change(
+    probe: Probe, base: Flat, norm: NormLeaves, factor: np.ndarray | None
+) -> Mapping[str, Callable[[Any], Any]]:
+    """A change of a norm's leaves (of its scale, by a factor) that a change of its readers undoes, leaf by leaf."""
     affine = norm.scale or norm.bias
     if affine is None:
         constants = {r.kernel: probe.constant(base[r.kernel], r.axis) for r in norm.readers}
         return {path: lambda kernel, constant=constant: kernel + constant for path, constant in constants.items()}
-    if norm.scale is not None:
-        factor = probe.random.uniform(0.5, 2.0, size=base[affine].shape)
+    if factor is not None:
         scaled = {path: lambda leaf: leaf * factor for path in (norm.scale, norm.bias) if path}
         return scaled | {
             r.kernel: lambda kernel, axis=r.axis: kernel / along(factor, kernel, axis) for r in norm.readers
@@ -240,58 +224,15 @@ def _norm_change(probe: _Probe, base: Flat, norm: NormLeaves) -> Mapping[str, Ca
     }
 
 
-def _like_writers(probe: _Probe, base: Flat, found: Resolved) -> Iterable[tuple[str, int]]:
-    """Leaves that behave like writers and are not described as such, with the axis."""
-    known = {*found.writers, *((r.kernel, r.axis) for n in found.norms for r in n.readers)}
-    scales = {*found.layer_scales.values(), *(path for n in found.norms for path in (n.scale, n.bias) if path)}
-    for path, axis in _places(base, found.lanes):
-        if (path, axis) in known or path in scales or path in found.elsewhere:
-            continue
-        leaf = base[path]
-        if probe.moved({**base, path: leaf + probe.constant(leaf, axis)}, base) > 1:
-            continue
-        if probe.moved({**base, path: leaf + probe.random.normal(size=leaf.shape) * _size(leaf)}, base) > 1:
-            yield path, axis
-
-
-def _check_converted(probe: _Probe, converted: Callable[..., Any], missed: list[tuple[str, int]]) -> None:
+def _check_converted(probe: Probe, base: Flat, found: Resolved, converted: Callable[..., Any]) -> None:
     expected, actual = probe.outputs(probe.flat), probe.outputs(probe.flat, jax.jit(converted))
     if [a.shape for a in actual] != [e.shape for e in expected]:
         raise LayoutError("converted: its outputs have other shapes than those of fn")
-    if max(map(distance, actual, expected)) <= 1:
+    if max(map(probe.distance, actual, expected)) <= 1:
         return
     worst = max(float(np.max(np.abs(a - e)) / np.max(np.abs(e))) for a, e in zip(actual, expected, strict=True))
     reason = (
-        f"{missed[0][0]} looks like a writer that was missed (axis {missed[0][1]})"
-        if missed
-        else "something that is no leaf writes a mean: a constant, a norm's output (Post-LN), a non-linear function; see recentered"
+        next(untold(probe, base, found), None)
+        or "something that is no leaf writes a mean: a constant, a norm's output (Post-LN), a non-linear function; see recentered"
     )
     raise LayoutError(f"converted: differs from fn by {worst:.1e} of its largest output; {reason}")
-
-
-def _places(flat: Flat, lanes: int) -> list[tuple[str, int]]:
-    """Every axis of a floating leaf that is as long as the main branch is wide."""
-    return [
-        (path, axis)
-        for path, leaf in flat.items()
-        if _is_float(leaf)
-        for axis in range(-np.ndim(leaf), 0)
-        if leaf.shape[axis] == lanes
-    ]
-
-
-def _can_scale(row: Any, leaf: np.ndarray, axis: int) -> bool:
-    return _is_float(row) and np.ndim(row) > 0 and row.shape[-1] == leaf.shape[axis] and stacks(row, leaf, axis)
-
-
-def _wide(leaf: Any) -> Any:
-    return np.asarray(leaf).astype(np.float64) if _is_float(leaf) else leaf
-
-
-def _is_float(leaf: Any) -> bool:
-    dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
-
-
-def _size(leaf: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(np.asarray(leaf, np.float64))))) or 1.0

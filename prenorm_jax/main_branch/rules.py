@@ -148,7 +148,9 @@ class MainBranch:
           fn: fn(params, *inputs), deterministic and jittable, with LayerNorms; any pytree of arrays as its output.
           params, *inputs: on which the description is tested; evaluated in float64 where fn lets it.
           converted: converted(params, *inputs) on the same Pre-LN parameters, which transforms them and runs RMSNorm (or CRMSNorm): it has
-            to equal fn. It shows what fn alone can't: a constant that writes, a norm that is kept by mistake.
+            to equal fn. It decides where given, and has to be given where fn alone can't show enough: where outputs are recentered, where a
+            norm is kept whose readers are not described, and where something acts on single coordinates (a mix per channel in front of a
+            reader), which Pre-RMSNorm allows and Pre-CRMSNorm doesn't.
 
         Raises: LayoutError naming the leaf and the likely reason.
         """

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from prenorm_jax import transforms
@@ -61,7 +62,6 @@ def swap_norms(
       another way has to be built at that width (`model`, with `params` to go with it).
     Raises: LayoutError for a description that doesn't fit the model, naming the module or leaf; for `params` whose writers have a mean.
 
-    >>> import jax.numpy as jnp
     >>> from prenorm_jax import Norm, Reader, Writer
     >>> class Model(nnx.Module):
     ...     def __init__(self, rngs):
@@ -83,7 +83,7 @@ def swap_norms(
     if params is None:
         params = _without_folded(form.of(own, spec), spec)
     elif norm == "pre_rmsnorm" and not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves(params).values()):
-        transforms.require_recentered(params, spec)
+        transforms.require_recentered(params, spec, stored=jnp.bfloat16)
     swap = _Swap(spec, form, leaves(params), norm_classes)
     swapped = nnx.recursive_map(swap.node, nnx.clone(model))
     require_all(spec, params, swap.norms, "has")

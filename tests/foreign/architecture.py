@@ -52,6 +52,7 @@ class Config:
     final_norms: int = 1  # 2: one for the first token, one for the mean, one head behind both
     cross: bool = False  # a decoder, reading an encoder's output
     headless: bool = False  # an encoder: its output is that of its final norm
+    plain: bool = False  # built with RMSNorm of the library's own, as wide as the main branch is now
 
     @property
     def written(self) -> int:
@@ -119,7 +120,8 @@ def describe(c: Config, *, bias: bool = True, prefix: str = "", readers: tuple[R
     attention = attention_readers("attn")
     norms = [norm(f"{block}norm1", *attention, *mlp_reads if c.parallel else ())]
     norms += [] if c.parallel else [norm(f"{block}norm2", *mlp_reads)]
-    others = [f"{block}{name}/lora_a" for name in ("attn/out", "mlp/down")] if c.lora else []
+    adapted = ["attn/out", *["mlp/down"] * (c.mlp != "experts")] if c.lora else []
+    others = [f"{block}{name}/lora_a" for name in adapted]
     others += [f"{block}attn/{name}_norm/scale" for name in ("query", "key")] if c.qk_norm else []
     recentered = []
     if c.cross:
@@ -135,7 +137,7 @@ def describe(c: Config, *, bias: bool = True, prefix: str = "", readers: tuple[R
     start += [f"{prefix}position"] if c.positions == "learned" else []
     start += [f"{prefix}segment/embedding"] if c.segments else []
     if c.embed_norm:
-        others += [*start, f"{prefix}embed_norm/scale", f"{prefix}embed_norm/bias"]
+        others += [MainBranch([*map(Writer, start)], [norm(f"{prefix}embed_norm", keep="it is recentered")])]
         start, recentered = [], [*recentered, f"{prefix}embed_norm"]
     elif c.positions == "constant":
         recentered += [f"{prefix}sincos"]

@@ -1,14 +1,28 @@
 """The Transformer of `architecture`, in Flax Linen."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from architecture import BLOCK_EPS, CLASSES, EMBED_EPS, EXPERTS, FINAL_EPS, VOCABULARY, Config, sincos
 
-normal = nn.initializers.normal(1.0, jnp.float32)
+import prenorm_jax as pn
+
+
+def zeros(key, shape, dtype=jnp.float32):
+    """Parameters come from elsewhere, and an initializer is traced each time that a model is applied: a quick one."""
+    return jnp.zeros(shape, dtype)
+
+
+Dense = functools.partial(nn.Dense, kernel_init=zeros)
+DenseGeneral = functools.partial(nn.DenseGeneral, kernel_init=zeros)
+Embed = functools.partial(nn.Embed, embedding_init=zeros)
 
 
 def layer_norm(c, name, eps):
+    if c.plain:
+        return nn.RMSNorm(pn.plain_eps(eps, c.nominal), use_scale=False, name=name)
     return nn.LayerNorm(eps, use_scale=c.norm_scale, use_bias=c.norm_bias, use_fast_variance=False, name=name)
 
 
@@ -21,11 +35,11 @@ class Writes(nn.Module):
     @nn.compact
     def __call__(self, x):
         inputs, outputs = self.inputs, self.c.written
-        kernel = self.param("kernel", normal, (*inputs, outputs))
-        y = jnp.tensordot(x, kernel, len(inputs)) + self.param("bias", normal, (outputs,)).reshape(1, 1, -1)
+        kernel = self.param("kernel", zeros, (*inputs, outputs))
+        y = jnp.tensordot(x, kernel, len(inputs)) + self.param("bias", zeros, (outputs,)).reshape(1, 1, -1)
         if self.c.lora:
-            a = self.param("lora_a", normal, (*inputs, self.c.lora))
-            y = y + jnp.tensordot(x, a, len(inputs)) @ self.param("lora_b", normal, (self.c.lora, outputs))
+            a = self.param("lora_a", zeros, (*inputs, self.c.lora))
+            y = y + jnp.tensordot(x, a, len(inputs)) @ self.param("lora_b", zeros, (self.c.lora, outputs))
         return y
 
 
@@ -37,7 +51,7 @@ class Attention(nn.Module):
         c = self.c
         sizes = {"query": c.heads, "key": c.kv_heads, "value": c.kv_heads}
         if c.qkv == "fused":
-            qkv = nn.DenseGeneral((3, c.heads, c.head_dim), use_bias=c.reader_bias, name="qkv")(n)
+            qkv = DenseGeneral((3, c.heads, c.head_dim), use_bias=c.reader_bias, name="qkv")(n)
             q, k, v = (qkv[..., part, :, :] for part in range(3))
         else:
             q, k, v = (
@@ -56,9 +70,9 @@ class Attention(nn.Module):
     def _project(self, x, name, heads):
         c = self.c
         if c.qkv == "flat":
-            y = nn.Dense(heads * c.head_dim, use_bias=c.reader_bias, name=name)(x)
+            y = Dense(heads * c.head_dim, use_bias=c.reader_bias, name=name)(x)
             return y.reshape(*x.shape[:2], heads, c.head_dim)
-        return nn.DenseGeneral((heads, c.head_dim), use_bias=c.reader_bias, name=name)(x)
+        return DenseGeneral((heads, c.head_dim), use_bias=c.reader_bias, name=name)(x)
 
 
 class Mlp(nn.Module):
@@ -67,9 +81,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, n):
         c = self.c
-        y = jnp.tanh(nn.Dense(c.mlp_width, use_bias=c.reader_bias, name="up")(n))
+        y = jnp.tanh(Dense(c.mlp_width, use_bias=c.reader_bias, name="up")(n))
         if c.mlp == "gated":
-            y = y * nn.Dense(c.mlp_width, use_bias=c.reader_bias, name="gate")(n)
+            y = y * Dense(c.mlp_width, use_bias=c.reader_bias, name="gate")(n)
         return Writes(c, (c.mlp_width,), name="down")(y)
 
 
@@ -79,12 +93,12 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(self, n):
         c = self.c
-        chosen = jax.nn.softmax(nn.Dense(EXPERTS, use_bias=c.reader_bias, name="router")(n))
-        y = jnp.einsum("bld,edf->blef", n, self.param("up", normal, (EXPERTS, n.shape[-1], c.mlp_width)))
+        chosen = jax.nn.softmax(Dense(EXPERTS, use_bias=c.reader_bias, name="router")(n))
+        y = jnp.einsum("bld,edf->blef", n, self.param("up", zeros, (EXPERTS, n.shape[-1], c.mlp_width)))
         if c.reader_bias:
-            y = y + self.param("up_bias", normal, (EXPERTS, c.mlp_width))[None, None]
-        y = jnp.einsum("blef,efd->bled", jnp.tanh(y), self.param("down", normal, (EXPERTS, c.mlp_width, c.written)))
-        y = y + self.param("down_bias", normal, (EXPERTS, c.written))[None, None]
+            y = y + self.param("up_bias", zeros, (EXPERTS, c.mlp_width))[None, None]
+        y = jnp.einsum("blef,efd->bled", jnp.tanh(y), self.param("down", zeros, (EXPERTS, c.mlp_width, c.written)))
+        y = y + self.param("down_bias", zeros, (EXPERTS, c.written))[None, None]
         return jnp.einsum("bled,ble->bld", y, chosen)
 
 
@@ -107,7 +121,7 @@ class Block(nn.Module):
     def _out(self, y, index):
         c = self.c
         if c.layer_scale:
-            y = y * self.param(f"scale{index}", normal, (1, 1, y.shape[-1]) if index == 1 else y.shape[-1:]).reshape(
+            y = y * self.param(f"scale{index}", zeros, (1, 1, y.shape[-1]) if index == 1 else y.shape[-1:]).reshape(
                 1, 1, -1
             )
         if c.drop_path:
@@ -145,18 +159,18 @@ class Transformer(nn.Module):
     def __call__(self, inputs, memory=None):
         c = self.c
         if c.patches:
-            x = nn.Conv(c.embedded, (2, 2), strides=(2, 2), padding="VALID", name="patch")(inputs)
+            x = nn.Conv(c.embedded, (2, 2), strides=(2, 2), padding="VALID", kernel_init=zeros, name="patch")(inputs)
             x = x.reshape(x.shape[0], -1, x.shape[-1])
         else:
-            embed = nn.Embed(VOCABULARY, c.nominal if c.tied else c.embedded, name="embed")
+            embed = Embed(VOCABULARY, c.nominal if c.tied else c.embedded, name="embed")
             x = embed(inputs)
         x = x if c.positions_last else self._with_positions(x)
         for name in c.extra:
-            token = self.param(name, normal, (1, 1, c.embedded))
+            token = self.param(name, zeros, (1, 1, c.embedded))
             x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, c.embedded)).astype(x.dtype), x], axis=1)
         x = self._with_positions(x) if c.positions_last else x
         if c.segments:
-            x = x + nn.Embed(2, c.embedded, name="segment")(jnp.arange(x.shape[1]) % 2)[None]
+            x = x + Embed(2, c.embedded, name="segment")(jnp.arange(x.shape[1]) % 2)[None]
         x = nn.LayerNorm(EMBED_EPS, use_fast_variance=False, name="embed_norm")(x) if c.embed_norm else x
 
         if c.scan:
@@ -172,7 +186,7 @@ class Transformer(nn.Module):
 
         norm = layer_norm(c, "norm", FINAL_EPS)
         if c.final_norms == 2:
-            head = nn.Dense(CLASSES, use_bias=c.reader_bias, name="head")
+            head = Dense(CLASSES, use_bias=c.reader_bias, name="head")
             return head(norm(x[:, 0])) + jnp.sin(head(layer_norm(c, "norm_too", BLOCK_EPS)(x.mean(axis=1))))
         x = {"first": x[:, 0], "mean": x.mean(axis=1)}.get(c.pool, x)
         n = norm(x)
@@ -181,12 +195,12 @@ class Transformer(nn.Module):
             return n
         if c.tied:
             return embed.attend(n)
-        return [nn.Dense(CLASSES, use_bias=c.reader_bias, name=f"head{k or ''}")(n) for k in range(c.heads_read)]
+        return [Dense(CLASSES, use_bias=c.reader_bias, name=f"head{k or ''}")(n) for k in range(c.heads_read)]
 
     def _with_positions(self, x):
         length, c = x.shape[1], self.c
         if c.positions == "learned":
-            return x + self.param("position", normal, (length, c.embedded))[None]
+            return x + self.param("position", zeros, (length, c.embedded))[None]
         if c.positions == "constant":
             constant = (
                 Constant(length, c.nominal, name="sincos")()

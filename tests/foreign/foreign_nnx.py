@@ -5,12 +5,16 @@ import jax.numpy as jnp
 from architecture import BLOCK_EPS, CLASSES, EMBED_EPS, EXPERTS, FINAL_EPS, VOCABULARY, sincos
 from flax import nnx
 
+import prenorm_jax as pn
+
 
 def parameter(rngs, *shape):
     return nnx.Param(jax.random.normal(rngs.params(), shape))
 
 
 def layer_norm(c, eps, rngs):
+    if c.plain:
+        return nnx.RMSNorm(c.width, epsilon=pn.plain_eps(eps, c.nominal), use_scale=False, rngs=rngs)
     return nnx.LayerNorm(
         c.width, epsilon=eps, use_scale=c.norm_scale, use_bias=c.norm_bias, use_fast_variance=False, rngs=rngs
     )
