@@ -5,10 +5,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from prenorm_jax.interop.plan import RefusedError
 from prenorm_jax.interop.tensors import FormatError
 from prenorm_jax.main_branch import LayoutError
 
 COMMANDS = {
+    "convert": "prenorm_jax.interop.convert",
     "inspect": "prenorm_jax.interop.inspect",
 }
 """Command -> its module, which has `arguments(parser)`, `run(arguments) -> exit status`, and its help as docstring."""
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(argv)
     try:
         status: int = chosen.run(chosen)
-    except (FormatError, LayoutError, OSError) as error:
+    except (FormatError, LayoutError, RefusedError, OSError) as error:
         print(f"prenorm: {error}", file=sys.stderr)
         return 2
     return status

@@ -116,7 +116,9 @@ def _require_one_role(
     shared = len(reads) > 1 and not (
         len({(reader.kernel, reader.axis, reader.bias) for _, reader in reads}) == 1
         and len({norm.name for norm, _ in reads}) == len(reads)
-        and (all(norm.bare and norm.keep is None for norm, _ in reads) or all(norm.keep is not None for norm, _ in reads))
+        and (
+            all(norm.bare and norm.keep is None for norm, _ in reads) or all(norm.keep is not None for norm, _ in reads)
+        )
     )
     in_and_out = path not in axes or all(path == r.bias or r.axis != axes[path] for _, r in reads)
     if len(rules) == len(reads) + (path in axes) and not shared and in_and_out:

@@ -87,9 +87,7 @@ class _Interceptor:
             for role, pattern in (("scale", rule.scale), ("bias", rule.bias))
         )
         dtype = getattr(module, "dtype", None)
-        return self.form.apply(
-            x, scale, bias, eps=eps_of(module, rule, where), kept=rule.keep is not None, dtype=dtype
-        )
+        return self.form.apply(x, scale, bias, eps=eps_of(module, rule, where), kept=rule.keep is not None, dtype=dtype)
 
     def _with_bias(
         self, call: Callable[..., Any], module: Any, where: str, args: Any, kwargs: Mapping[str, Any]

@@ -133,7 +133,9 @@ class _Swap:
 
     def _variable(self, where: str, variable: nnx.Param) -> nnx.Param:
         if where not in self.flat:
-            self.left.add(where)  # a norm's, or a reader's bias that is now a row of its kernel: _norm and _biases see to it
+            self.left.add(
+                where
+            )  # a norm's, or a reader's bias that is now a row of its kernel: _norm and _biases see to it
             return variable
         self.unused.discard(where)
         return variable.replace(self.flat[where])
