@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from prenorm_jax.interop.catalogue import ARCHITECTURES, BUFFERS, MAY_LACK, REFUSED, Architecture, Stream
+from prenorm_jax.interop.architectures import ARCHITECTURES, BUFFERS, MAY_LACK, REFUSED, Architecture, Stream
 from prenorm_jax.interop.formats import Checkpoint
 from prenorm_jax.interop.tensors import Tensor, is_float
 from prenorm_jax.main_branch import LayoutError, MainBranch, Norm, Reader, Resolved, Writer
@@ -98,9 +98,7 @@ def make_plan(checkpoint: Checkpoint, *, fold: bool = False, keep_tied: bool = F
     loose = head_is_table and keep_tied and architecture.untie
     found = {}
     for name, stream in architecture.streams.items():
-        branch, starts = _fitted(
-            stream, tensors, str(architecture.table) if loose else None, head_is_table and not untied
-        )
+        branch, starts = _fitted(stream, tensors, str(architecture.table) if loose else None, _is_base(config))
         if branch.writers:
             found[name] = dataclasses.replace(stream, branch=branch, starts=starts)
     resolved = _resolved(found, tensors, architecture, config, model_type, file)
@@ -159,6 +157,12 @@ def _has_head(config: Mapping[str, Any]) -> bool:
     return any(str(name).endswith(WITH_HEAD) for name in classes)
 
 
+def _is_base(config: Mapping[str, Any]) -> bool:
+    """Whether what the last norm returns is an output of the model."""
+    classes = config.get("architectures") or ["Model"]
+    return all(str(name).endswith("Model") and not str(name).endswith(WITH_HEAD) for name in classes)
+
+
 def _tied(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], architecture: Architecture, file: pathlib.Path
 ) -> bool:
@@ -187,7 +191,7 @@ def _bits(value: np.ndarray) -> np.ndarray:
 
 
 def _fitted(
-    stream: Stream, tensors: Mapping[str, Tensor], tied_table: str | None, tied: bool
+    stream: Stream, tensors: Mapping[str, Tensor], tied_table: str | None, base: bool
 ) -> tuple[MainBranch, str | None]:
     """The layout without the rules that this checkpoint has no leaf for, and why what starts the main branch is to be recentered."""
 
@@ -213,11 +217,14 @@ def _fitted(
             for reader in norm.readers
             if kept(reader.kernel)
         ]
-        if not readers and not there(norm.scale) and norm.scale and MAY_LACK.search(norm.scale):
+        if not there(norm.scale) and norm.scale and MAY_LACK.search(norm.scale):
             continue
+        last = norm.scale is not None and "{" not in norm.scale
         keep = norm.keep
-        if not readers and keep is None:
-            keep = "its reader is the tied embedding table" if tied else "its output is the model's"
+        if keep is None and not readers:
+            keep = "its reader is the tied embedding table, or its output the model's"
+        elif keep is None and last and base:
+            keep = "its output is the model's"
         norms.append(dataclasses.replace(norm, readers=readers, keep=keep))
     return dataclasses.replace(stream.branch, writers=writers, norms=norms), starts
 
@@ -324,6 +331,10 @@ def _norms(
         eps = _eps(stream, config)
         for norm in resolved[key].norms:
             module = norm.name.rpartition(".")[0]
+            if norm.bare and norm.name not in stream.lacking and config.get("layer_norm_elementwise_affine", True):
+                raise RefusedError(
+                    f"{norm.name}: is missing, and {norm.readers[0].kernel} is there; the checkpoint is not whole"
+                )
             if norm.name not in stream.lacking:
                 reason = stream.kept.get(module)
                 norms[module] = {"converted": reason is None, "reason": reason, "eps": eps}

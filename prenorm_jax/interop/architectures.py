@@ -90,7 +90,7 @@ MAY_LACK = re.compile(
     r"^(lm_head|score|embed_out|proj_out|classifier|cls_classifier|distillation_classifier|text_projection|visual_projection)\."
     r"|\.(crossattention|ln_cross_attn|encoder_attn|encoder_attn_layer_norm|pooler)\."
     r"|_embeddings$|(mask|register|distillation)_tokens?$"
-    r"|^dinov2.*\.mlp\.|^decoder\.|^head\.dense|^(beit\.|beit\.pooler\.)?layernorm\.|lambda_[12]$"
+    r"|^dinov2.*\.mlp\.|^decoder\.|^head\.dense|^(beit\.pooler\.)?layernorm\.|lambda_[12]$"
 )
 """The rules of a layout that a checkpoint may lack altogether, because it has no such head, token or layer."""
 
@@ -186,6 +186,13 @@ def _stablelm(config: Config) -> Architecture:
 def _vit(name: str, branch: MainBranch, **more: Any) -> Architecture:
     stream = Stream(branch, f"{name}.encoder.layer.0", **_PLAIN, eps="layer_norm_eps", default_eps=1e-12)
     return Architecture({name: stream}, f"{name}.", **more)
+
+
+def _beit(config: Config) -> Architecture:
+    pooled = config.get("use_mean_pooling", True)
+    branch = torch.HF_BEIT if pooled else torch.HF_BEIT_CLASS_TOKEN
+    raw = ("hidden_states", "last_hidden_state") if pooled else ("hidden_states",)
+    return _vit("beit", branch, beside=("**relative_position_bias_table",), raw=raw)
 
 
 def _vit_mae() -> Architecture:
@@ -323,12 +330,7 @@ ARCHITECTURES: dict[str, Architecture | Callable[[Config], Architecture]] = {
     "vit_mae": _vit_mae(),
     "dinov2": _dinov2("dinov2", torch.HF_DINOV2),
     "dinov2_with_registers": _dinov2("dinov2_with_registers", torch.HF_DINOV2_REGISTERS),
-    "beit": _vit(
-        "beit",
-        torch.HF_BEIT,
-        beside=("**relative_position_bias_table",),
-        raw=("hidden_states", "last_hidden_state where use_mean_pooling"),
-    ),
+    "beit": _beit,
     "clip": Architecture(_clip_streams("text_config.", "vision_config."), beside=("logit_scale",), raw=_CLIP_RAW),
     "clip_text_model": Architecture(_clip_streams("", None)),
     "clip_vision_model": Architecture(_clip_streams(None, ""), raw=_CLIP_RAW),
