@@ -6,7 +6,7 @@ LayerScale, is a buffer, or is known to be beside all main branches. What the na
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -87,6 +87,7 @@ def make_plan(checkpoint: Checkpoint, *, fold: bool = False, keep_tied: bool = F
     if config is None:
         raise RefusedError(f"{file}: is missing; what a checkpoint's tensors are can't be told from their names alone")
     model_type, architecture = _architecture(config, file)
+    _check_types(config, architecture, file)
     tensors = _canonical(checkpoint.tensors, architecture)
     head_is_table = _tied(config, tensors, architecture, file)
     if head_is_table and architecture.head in tensors:
@@ -139,6 +140,32 @@ def _architecture(config: Mapping[str, Any], file: pathlib.Path) -> tuple[str, A
         if config.get(key) == value:
             raise RefusedError(f"{file}: {model_type} with {key}={value} can't be converted: {reason}")
     return model_type, architecture
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _check_types(config: Mapping[str, Any], architecture: Architecture, file: pathlib.Path) -> None:
+    """What is read of config.json is what it should be, where it is there."""
+    expected: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "architectures": (
+            "a list of names",
+            lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value),
+        ),
+        "tie_word_embeddings": ("true or false", lambda value: isinstance(value, bool)),
+        "vocab_size": ("a positive integer", _is_size),
+    }
+    for stream in architecture.streams.values():
+        expected |= dict.fromkeys(
+            filter(None, (stream.width, stream.layers, stream.readers_layers)), ("a positive integer", _is_size)
+        )
+        if isinstance(stream.eps, str):
+            expected[stream.eps] = ("a number above 0", lambda value: isinstance(value, int | float) and 0 < value < 1)
+    for key, (words, holds) in expected.items():
+        value = _of(config, key)
+        if value is not None and not holds(value):
+            raise RefusedError(f"{file}: {key} is {str(value)[:80]!r}; expected {words}")
 
 
 def _canonical(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
@@ -262,10 +289,11 @@ def _resolved(
         _check_layers(stream, tensors, config, file)
         resolved[key] = stream.branch.resolve({name: _shape(tensors[name]) for name in own})
         width = _of(config, stream.width)
+        leaf = resolved[key].writers[0][0]
         if width is not None and resolved[key].lanes != width:
             raise RefusedError(
-                f"{file}: {stream.width} is {width}; the tensors have a main branch of {resolved[key].lanes} ({resolved[key].writers[0][0]} is "
-                f"{tensors[resolved[key].writers[0][0]].shape}); the two belong to different checkpoints"
+                f"{file}: {stream.width} is {width}; the tensors have a main branch of {resolved[key].lanes} ({leaf} is "
+                f"{tensors[leaf].shape}); the two belong to different checkpoints"
             )
     for name, tensor in tensors.items():
         if name not in covered:

@@ -174,6 +174,6 @@ def _narrow(value: np.ndarray, target: np.dtype, tensor: Tensor) -> np.ndarray:
         narrow: np.ndarray = rounded(value, target)
     if not np.isfinite(narrow).all():
         raise RefusedError(
-            f"{tensor.file}: tensor {tensor.name} does not fit into {target} (it reaches {np.abs(value).max():.2e}); take bfloat16 or float32"
+            f"{tensor.file}: tensor {tensor.name} reaches {np.abs(value).max():.2e}, more than {target} holds; take bfloat16 or float32"
         )
     return narrow
