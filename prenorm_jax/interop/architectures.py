@@ -15,6 +15,7 @@ from prenorm_jax.layouts import torch
 from prenorm_jax.main_branch import MainBranch
 
 Config = Mapping[str, Any]
+Keys = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +111,10 @@ REFUSED = {**dict.fromkeys(_POST_LN_MODELS.split(), POST_LN), **dict.fromkeys(_R
 """model_type -> why it is refused."""
 
 _EMBEDDING_NORM = "normalises the embedding before the main branch starts"
-_GPT = {"width": "n_embd", "layers": "n_layer", "eps": "layer_norm_epsilon"}
-_PLAIN = {"width": "hidden_size", "layers": "num_hidden_layers"}
-_HEAD = {"table": "transformer.wte.weight", "head": "lm_head.weight"}
-_MODEL_HEAD = {"base": "model.", "table": "model.embed_tokens.weight", "head": "lm_head.weight"}
+_GPT: Keys = {"width": "n_embd", "layers": "n_layer", "eps": "layer_norm_epsilon"}
+_PLAIN: Keys = {"width": "hidden_size", "layers": "num_hidden_layers"}
+_HEAD: Keys = {"table": "transformer.wte.weight", "head": "lm_head.weight"}
+_MODEL_HEAD: Keys = {"base": "model.", "table": "model.embed_tokens.weight", "head": "lm_head.weight"}
 
 
 def _gpt(branch: MainBranch, tied: bool, beside: tuple[str, ...] = (), **keys: str) -> Architecture:
@@ -158,7 +159,7 @@ def _falcon(config: Config) -> Architecture:
 
 
 def _bloom(config: Config) -> Architecture:
-    keys = {
+    keys: Keys = {
         "width": "hidden_size" if "hidden_size" in config else "n_embed",
         "layers": "n_layer",
         "eps": "layer_norm_epsilon",
@@ -272,7 +273,7 @@ _MODERNBERT = Architecture(
 )
 
 
-def _tower_keys(prefix: str, eps: float) -> dict[str, Any]:
+def _tower_keys(prefix: str, eps: float) -> Keys:
     keys = {"width": "hidden_size", "layers": "num_hidden_layers", "eps": "layer_norm_eps"}
     return {**{name: f"{prefix}{key}" for name, key in keys.items()}, "default_eps": eps}
 

@@ -343,7 +343,7 @@ def _check_vocabulary(
 ) -> None:
     size = config.get("vocab_size")
     for name in (architecture.table, architecture.head):
-        if name in tensors and isinstance(size, int) and tensors[name].shape[:1] != (size,):
+        if name is not None and name in tensors and isinstance(size, int) and tensors[name].shape[:1] != (size,):
             raise RefusedError(
                 f"{file}: vocab_size is {size}; {name} is {tensors[name].shape}; the two belong to different checkpoints"
             )

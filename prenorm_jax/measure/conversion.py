@@ -47,10 +47,10 @@ def layer(index: int) -> Shapes:
 
 def make_checkpoint(folder: pathlib.Path, gigabytes: float) -> int:
     """Writes one; returns the bytes of its tensors."""
-    ends = {"gpt_neox.embed_in.weight": (VOCABULARY, WIDTH), "embed_out.weight": (VOCABULARY, WIDTH)}
+    ends: Shapes = {"gpt_neox.embed_in.weight": (VOCABULARY, WIDTH), "embed_out.weight": (VOCABULARY, WIDTH)}
     ends |= {f"gpt_neox.final_layer_norm.{leaf}": (WIDTH,) for leaf in ("weight", "bias")}
     depth = max(1, round((gigabytes * 1e9 - _bytes(ends)) / _bytes(layer(0))))
-    shards = [dict(ends), {}]
+    shards: list[Shapes] = [dict(ends), {}]
     for index in range(depth):
         shards[index % 2].update(layer(index))
     folder.mkdir(parents=True)
@@ -67,7 +67,7 @@ def make_checkpoint(folder: pathlib.Path, gigabytes: float) -> int:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = {"model_type": "gpt_neox", "hidden_size": WIDTH, "num_hidden_layers": depth, "vocab_size": VOCABULARY}
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["GPTNeoXForCausalLM"]}))
-    return sum(map(_bytes, shards))
+    return sum(_bytes(shapes) for shapes in shards)
 
 
 def _bytes(shapes: Shapes) -> int:
