@@ -53,6 +53,11 @@ class Checkpoint:
     metadata: Mapping[str, Any]
     config: Mapping[str, Any] | None
 
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where its config.json, its tokenizer and whatever comes with it lie."""
+        return _folder(self.path)
+
     def read(self) -> dict[str, np.ndarray]:
         """All of it, in memory."""
         return {name: tensor.read() for name, tensor in self.tensors.items()}
@@ -108,8 +113,12 @@ def _in_folder(folder: pathlib.Path) -> tuple[str, pathlib.Path]:
     raise FormatError(f"{folder}: no checkpoint in it; expected one of {', '.join(IN_FOLDER)}")
 
 
+def _folder(path: pathlib.Path) -> pathlib.Path:
+    return path if path.is_dir() else path.parent
+
+
 def _config(path: pathlib.Path) -> dict[str, Any] | None:
-    file = (path if path.is_dir() else path.parent) / "config.json"
+    file = _folder(path) / "config.json"
     return safetensors.json_object(file.read_bytes(), file) if file.is_file() else None
 
 

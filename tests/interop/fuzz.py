@@ -4,8 +4,8 @@ A file is read whole or refused with FormatError (a checkpoint is planned or ref
 more memory than its size (and what a small one takes anyhow). What is accepted as safetensors, the format's own library accepts, too,
 and reads the same.
 
-    python tests/interop/fuzz.py --inputs=100000 --json=results/fuzz.json       random mutations of valid files
-    python tests/interop/fuzz.py --atheris --inputs=100000                      guided by coverage (pip install atheris)
+    PYTHONPATH=. python tests/interop/fuzz.py --inputs=100000 --json=results/interop/fuzz.json       random mutations of valid files
+    PYTHONPATH=. python tests/interop/fuzz.py --atheris --inputs=100000                      guided by coverage (pip install atheris)
 """
 
 import argparse
