@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from prenorm_jax.interop import safetensors
-from prenorm_jax.interop.tensors import MAX_RANK, FormatError, Tensor, checked_name
+from prenorm_jax.interop.tensors import SHAPE, FormatError, Tensor, checked_name, is_shape
 
 # What an array of a given size may look like when it is packed: more than this is no array of weights but a bomb.
 MAX_COMPRESSION = 100
@@ -226,10 +226,8 @@ def _npy_header(file: Any, name: str, path: pathlib.Path) -> tuple[tuple[int, ..
         ) from None
     if dtype.hasobject or (dtype.kind not in "fiubc" and dtype != np.dtype("V2")):
         raise FormatError(f"{path}: {name} is of dtype {str(dtype)[:80]}; expected numbers (nothing is ever unpickled)")
-    if len(shape) > MAX_RANK or any(size < 0 for size in shape):
-        raise FormatError(
-            f"{path}: {name} has shape {str(shape)[:80]}; expected at most {MAX_RANK} sizes, none negative"
-        )
+    if not is_shape(shape, dtype.itemsize):
+        raise FormatError(f"{path}: {name} has shape {str(shape)[:80]}; expected {SHAPE}")
     return tuple(shape), fortran, dtype
 
 
