@@ -132,9 +132,7 @@ def _torch(path: pathlib.Path) -> Contents:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever its unpickler stumbles over
-        raise FormatError(
-            f"{path}: torch can't load it with weights_only=True ({str(error).splitlines()[0][:160]})"
-        ) from None
+        raise FormatError(f"{path}: torch can't load it with weights_only=True ({_line(error)})") from None
     # Training scripts put the tensors under one of these, beside their optimizer.
     inner = [key for key in ("model", "state_dict", "model_state_dict") if _is_state(loaded, key, torch)]
     state = loaded[inner[0]] if inner else loaded
@@ -302,9 +300,7 @@ def _orbax(folder: pathlib.Path) -> Contents:
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(folder).item_metadata.tree
     except Exception as error:  # a broken one fails in as many ways as it has parts
-        raise FormatError(
-            f"{folder}: Orbax can't read it ({str(error).splitlines()[0][:160] if str(error) else error!r})"
-        ) from None
+        raise FormatError(f"{folder}: Orbax can't read it ({_line(error)})") from None
     found = [_orbax_tensor(ocp, folder, tree, keys, leaf) for keys, leaf in _leaves(tree)]
     return {tensor.name: tensor for tensor in found}, (folder,), {}
 
@@ -339,7 +335,7 @@ def _orbax_tensor(ocp: Any, folder: pathlib.Path, tree: Any, keys: Keys, leaf: A
             with ocp.PyTreeCheckpointer() as checkpointer:
                 found = checkpointer.restore(folder, args=args)
         except Exception as error:
-            raise FormatError(f"{folder}: Orbax can't read {name} ({str(error)[:160]})") from None
+            raise FormatError(f"{folder}: Orbax can't read {name} ({_line(error)})") from None
         return np.array(functools.reduce(lambda inner, key: inner[key], keys, found))
 
     name = checked_name("/".join(map(str, keys)), folder)
@@ -376,6 +372,11 @@ def _library(name: str, path: pathlib.Path, what: str) -> Any:
     except ImportError:
         package = name.replace(".", "-")
         raise FormatError(f"{path}: {what} need {package}, which is not installed; pip install {package}") from None
+
+
+def _line(error: Exception) -> str:
+    """What another library said, as part of a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def _some(names: Iterable[str]) -> str:
