@@ -11,6 +11,7 @@ from prenorm_jax.layouts.flax import (
     vision_transformer,
 )
 from prenorm_jax.layouts.haiku import HAIKU_GPT, HAIKU_VIT, haiku_gpt
+from prenorm_jax.layouts.hf_torch import HF_TORCH_GPT2, HF_TORCH_VIT
 from prenorm_jax.layouts.ours import GPT, GPT_TIED, VIT
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "HF_FLAX_GPT2",
     "HF_FLAX_GPT2_TIED",
     "HF_FLAX_VIT",
+    "HF_TORCH_GPT2",
+    "HF_TORCH_VIT",
     "LM1B",
     "LM1B_OWN_AFFINE",
     "LM1B_TIED",
