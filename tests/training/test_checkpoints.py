@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
+import small_experiment as small
 
 from prenorm_jax import models
 from prenorm_jax.models.config import ConfigError

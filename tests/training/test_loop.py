@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import rich.console
-import small
+import small_experiment as small
 from PIL import Image
 
 from prenorm_jax import models

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import pytest
-import small
+import small_experiment as small
 
 from prenorm_jax.training import checkpoints, metrics
 from prenorm_jax.training.experiment import as_tree
