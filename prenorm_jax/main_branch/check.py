@@ -185,8 +185,8 @@ def _check_norms(probe: Probe, base: Flat, found: Resolved) -> None:
                 raise LayoutError(f"{head}; {path} {base[path].shape} reads along its axis {axis}")
             raise LayoutError(f"{head}, unless {path} (axis {axis}) is a reader, too: name it")
         raise LayoutError(
-            f"{head}: a reader is missing or has another axis; or what the norm returns goes back to the main branch (Post-LN), where an "
-            "affine can't be moved: name such a norm with keep=..., and its module in recentered"
+            f"{head}: readers are missing or have other axes; or what the norm returns goes back to the main branch (Post-LN), where an "
+            "affine can't be moved: name such a norm with keep=..., and its module in recentered; or the leaf holds gamma - 1: add 1"
         )
 
 
