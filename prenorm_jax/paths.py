@@ -35,8 +35,8 @@ def with_leaves(tree: Tree, flat: Mapping[str, Any], like: Mapping[str, tuple[st
     """`tree` with the leaves of `flat`: replaced, added beside others or removed; `tree` itself is left as it is.
 
     Containers keep their type. Leaves can be added to and removed from mappings only; a new leaf's parents are made where they are missing,
-    and its box (a Flax Variable, a partitioned parameter) is like its neighbours', or like that of the leaf that `like` names for it, less
-    one of its (negative) axes.
+    and its box (a Flax Variable, a partitioned parameter) is like its neighbours', or like that of the leaf that `like` names for it,
+    less one of its (negative) axes.
     Raises: TreeError where a leaf would have to be added to or removed from something else.
     """
     if list(leaves(tree)) == list(flat):
