@@ -106,7 +106,7 @@ def _in_box_less_axis(box: Any, value: Any, axis: int) -> Any:
     new = jax.tree_util.tree_map(lambda _: value, box)
     if not names_of_axes:
         return new
-    if dataclasses.is_dataclass(new):
+    if dataclasses.is_dataclass(new) and not isinstance(new, type):
         return dataclasses.replace(new, **names_of_axes)
     new.set_metadata(**names_of_axes)
     return new

@@ -18,6 +18,7 @@ LayerNorm hides that at any depth. Inputs that don't reach a leaf don't test it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -184,8 +185,8 @@ def _check_norms(probe: Probe, base: Flat, found: Resolved) -> None:
                 raise LayoutError(f"{head}; {path} {base[path].shape} reads along its axis {axis}")
             raise LayoutError(f"{head}, unless {path} (axis {axis}) is a reader, too: name it")
         raise LayoutError(
-            f"{head}: a reader is missing or has another axis; or what the norm returns goes back to the main branch (Post-LN), where an "
-            "affine can't be moved: name such a norm with keep=..., and its module in recentered"
+            f"{head}: readers are missing or have other axes; or what the norm returns goes back to the main branch (Post-LN), where an "
+            "affine can't be moved: name such a norm with keep=..., and its module in recentered; or the leaf holds gamma - 1: add 1"
         )
 
 
@@ -208,7 +209,7 @@ def _norm_change(
     affine = norm.scale or norm.bias
     if affine is None:
         constants = {r.kernel: probe.constant(base[r.kernel], r.axis) for r in norm.readers}
-        return {path: lambda kernel, constant=constant: kernel + constant for path, constant in constants.items()}
+        return {path: functools.partial(np.add, constant) for path, constant in constants.items()}
     if factor is not None:
         scaled = {path: lambda leaf: leaf * factor for path in (norm.scale, norm.bias) if path}
         return scaled | {
@@ -220,7 +221,7 @@ def _norm_change(
     read = {r.bias: (along(added, base[r.kernel], r.axis) * base[r.kernel]).sum(axis=r.axis) for r in norm.readers}
     return {
         affine: lambda bias: bias + added,
-        **{path: lambda bias, shift=shift: bias - shift for path, shift in read.items() if path},
+        **{path: functools.partial(np.add, -shift) for path, shift in read.items() if path},
     }
 
 

@@ -60,7 +60,7 @@ class _Interceptor:
     def __init__(self, spec: MainBranch, form: Form, norm_classes: tuple[type, ...]):
         self.spec, self.form, self.norm_classes = spec, form, norm_classes
         self.norms = set[str]()
-        self.readers = [reader for rule in spec.norms for reader in rule.readers if reader.bias]
+        self.biases = [reader.bias for rule in spec.norms for reader in rule.readers if reader.bias]
 
     def __call__(self, call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
@@ -93,7 +93,7 @@ class _Interceptor:
         self, call: Callable[..., Any], module: Any, where: str, args: Any, kwargs: Mapping[str, Any]
     ) -> Any:
         """A module's output, with the biases of its readers as the parameters have them, declared or not."""
-        names = {name for r in self.readers if patterns.match(r.bias, f"{where}/{(name := r.bias.rpartition('/')[2])}")}
+        names = {name for bias in self.biases if patterns.match(bias, f"{where}/{(name := bias.rpartition('/')[2])}")}
         there = {name: bias for name in names if (bias := _param(module, name)) is not None}
         if names - set(there) and getattr(module, "use_bias", False):
             with _without_bias(module):
@@ -104,8 +104,8 @@ class _Interceptor:
                 continue
             if getattr(module, "use_bias", True):
                 raise LayoutError(
-                    f"{where}/{name}: the reader gains this bias, and a {type(module).__name__} has no place for it; keep the norm's affine "
-                    "(Reader without bias, or Norm(keep=...)), or give it a bias"
+                    f"{where}/{name}: the reader gains this bias, and a {type(module).__name__} has no place for it; keep the norm's "
+                    "affine (Reader without bias, or Norm(keep=...)), or give it a bias"
                 )
             y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return y

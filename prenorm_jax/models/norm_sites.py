@@ -56,13 +56,14 @@ class Form:
 def eps_of(module: Any, rule: Norm, where: str) -> float:
     """The eps of a norm module. Raises: LayoutError where its description has another, or neither has one."""
     found = getattr(module, "epsilon", getattr(module, "eps", None))
-    if found is None and rule.eps is None:
+    eps = rule.eps if found is None else found
+    if eps is None:
         raise LayoutError(
             f"{where}: a {type(module).__name__} without epsilon; say it in the description (Norm(eps=...))"
         )
     if None not in (found, rule.eps) and found != rule.eps:
         raise LayoutError(f"{where}: its epsilon is {found}, the description says {rule.eps}; leave eps out of it")
-    return rule.eps if found is None else found
+    return float(eps)
 
 
 def require_plain(module: Any, classes: tuple[type, ...], layer_norm: type, where: str) -> None:

@@ -131,11 +131,9 @@ class _Swap:
         if missing:
             raise LayoutError(f"{min(missing)}: the model has this leaf, the parameters don't")
 
-    def _variable(self, where: str, variable: nnx.Param) -> nnx.Param:
+    def _variable(self, where: str, variable: nnx.Param) -> nnx.Variable:
         if where not in self.flat:
-            self.left.add(
-                where
-            )  # a norm's, or a reader's bias that is now a row of its kernel: _norm and _biases see to it
+            self.left.add(where)  # a norm's leaf, or a reader's bias that is now a row of its kernel
             return variable
         self.unused.discard(where)
         return variable.replace(self.flat[where])

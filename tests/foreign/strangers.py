@@ -530,6 +530,19 @@ def _(net, ids):
 
 
 @refused(
+    "a scale that is stored less 1",
+    r"gain: moving the norm's affine into up2/kernel changes the function: .*the leaf holds gamma - 1: add 1",
+    mlp_spec(*linear("down2"), norms=[Norm([dense("up2")], scale="gain", module="norm2")]),
+)
+def _(net, ids):
+    def less_1(net, x):
+        n = net.norm("norm2", x, scale=False, bias=False) * (1 + net.leaf("gain", net.width)).reshape(1, 1, -1)
+        return x + net.linear("down2", jnp.tanh(net.linear("up2", n, 10)), net.width)
+
+    return transformer(net, ids, less_1)
+
+
+@refused(
     "a kernel with the affine of two norms",
     r"up0/kernel .*: covered by .*one kernel can't take the affine of several norms: keep them",
     MainBranch(
