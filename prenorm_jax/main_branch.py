@@ -32,11 +32,13 @@ class Writer:
       leaf: pattern of the leaf: an output kernel, its bias, an embedding or position table, a class token.
       axis: the output axis, negative; the last one unless said otherwise.
       optional: whether a tree may lack it.
+      scale: pattern of the vector that multiplies what it writes (LayerScale), where the tree has one; its names occur in `leaf`.
     """
 
     leaf: str
     axis: int = -1
     optional: bool = False
+    scale: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,12 @@ class MainBranch:
                 raise LayoutError(
                     f"{leaf}: axis {axis!r}; axes are negative, counted from the last (write {axis!r} - rank)"
                 )
+        for writer in self.writers:
+            unknown = _names(writer.scale) - _names(writer.leaf)
+            if unknown or "*" in (writer.scale or ""):
+                raise LayoutError(
+                    f"{writer.scale}: the scale of {writer.leaf} is found by the names in braces of that pattern, and no others"
+                )
         for norm in self.norms:
             for reader in norm.readers:
                 if reader.bias and "*" in reader.bias:
@@ -154,13 +162,14 @@ class NormLeaves:
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """A MainBranch applied to one tree: writers as (path, axis), norms with their readers, lanes of the main branch as found, and the
-    nominal width where the description tells it."""
+    """A MainBranch applied to one tree: writers as (path, axis), norms with their readers, lanes of the main branch as found, the
+    nominal width where the description tells it, and writer -> the LayerScale that multiplies what it writes."""
 
     writers: tuple[tuple[str, int], ...]
     norms: tuple[NormLeaves, ...]
     lanes: int
     width: int | None
+    scales: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _resolve(branch: MainBranch, shapes: Mapping[str, tuple[int, ...]]) -> Resolved:
@@ -170,11 +179,16 @@ def _resolve(branch: MainBranch, shapes: Mapping[str, tuple[int, ...]]) -> Resol
         covered.setdefault(path, []).append(rule)
         return path
 
-    writers = tuple(
-        (cover(path, f"writer {writer.leaf} (axis {writer.axis})"), writer.axis)
-        for writer in branch.writers
-        for path, _ in (_matches if writer.optional else _found)(writer.leaf, shapes)
-    )
+    writers: list[tuple[str, int]] = []
+    scales: dict[str, str] = {}
+    for writer in branch.writers:
+        for path, names in (_matches if writer.optional else _found)(writer.leaf, shapes):
+            writers.append((cover(path, f"writer {writer.leaf} (axis {writer.axis})"), writer.axis))
+            scale = _filled(writer.scale, names) if writer.scale else ""
+            if scale in shapes:
+                scales[path] = scale
+    for scale in set(scales.values()):
+        cover(scale, "writer's scale")
     norms = tuple(norm for rule in branch.norms for norm in _norm_leaves(rule, shapes, cover))
     for pattern in branch.others:
         for path, _ in _found(pattern, shapes):
@@ -200,8 +214,8 @@ def _resolve(branch: MainBranch, shapes: Mapping[str, tuple[int, ...]]) -> Resol
             )
             raise LayoutError(f"{path} {shapes[path]}: covered by {' and by '.join(rules)}; {advice}")
 
-    lanes = _one_size(writers, norms, shapes)
-    return Resolved(writers, norms, lanes, _nominal_width(branch.width, shapes))
+    lanes = _one_size([*writers, *((scale, -1) for scale in scales.values())], norms, shapes)
+    return Resolved(tuple(writers), norms, lanes, _nominal_width(branch.width, shapes), scales)
 
 
 def _norm_leaves(rule: Norm, shapes: Mapping[str, Any], cover: Callable[[str, str], str]) -> Iterable[NormLeaves]:

@@ -10,13 +10,14 @@ R with input axis i and d the width:
     compress, "drop"   W <- (W - mean_o(W)) without its last slice; R <- R_j - R_d for j < d: x_d = -sum of the others.
     compress, "reflect"  W <- (H W) without its last slice, R <- (H R) without its last row, where H is the Householder reflection
                        that maps 1/sqrt(d) (1, ..., 1) to the last unit vector: there the mean is the last coordinate.
+    LayerScale         y * lambda with y = W x + b: W <- W diag(lambda), b <- b * lambda; lambda <- 1, before anything else.
     pack               one spare lane: W gets a slice of zeros, R gets its bias as that lane's row.
 
 A norm with a reader that can take no bias, or with `keep`, keeps its affine: nothing is folded into its readers.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ from prenorm_jax.paths import Tree, leaves, with_leaves
 def fold_affine(params: Tree, spec: MainBranch) -> Tree:
     """Moves each norm's scale and bias into its readers (identity 4); the norm's leaves become ones and zeros. Idempotent.
 
-    A reader without a bias gains one where its description says so (`Reader.bias`).
+    A reader without a bias gains one where its description says so (`Reader.bias`). LayerScales move into their writers.
 
     >>> params = {"norm": {"scale": jnp.array([2.0, 0.0])}, "up": {"kernel": jnp.ones((2, 1))}, "down": {"kernel": jnp.eye(2)}}
     >>> from prenorm_jax.main_branch import Norm, Reader, Writer
@@ -156,26 +157,31 @@ def plain_eps(eps: float, width: int) -> float:
 
 
 def strip_affine(params: Tree, spec: MainBranch) -> Tree:
-    """Removes the norms' scale and bias leaves after `fold_affine`, for a model whose norms have none.
+    """Removes the norms' scale and bias leaves, and LayerScales, after `fold_affine`, for a model whose norms have none.
 
     Raises: LayoutError where a concrete leaf is not ones (scale) or zeros (bias), and for traced ones of a norm that can't be folded.
     """
     flat = leaves(params)
-    for norm in spec.resolve(params).norms:
+    found = spec.resolve(params)
+    for path in set(found.scales.values()):
+        _require_neutral(path, flat.pop(path), 1)
+    for norm in found.norms:
         for path, neutral in ((norm.scale, 1), (norm.bias, 0)):
             if path is None or norm.keep is not None:
                 continue
-            if isinstance(flat[path], jax.core.Tracer):
-                if not _folds(norm):
-                    raise LayoutError(
-                        f"{path}: can't be folded, so it stays: a reader behind it has no place for a bias (give Reader.bias)"
-                    )
-            elif np.any(np.asarray(flat[path]) != neutral):
+            if isinstance(flat[path], jax.core.Tracer) and not _folds(norm):
                 raise LayoutError(
-                    f"{path}: is not {neutral} everywhere, so removing it would change the function; fold_affine first"
+                    f"{path}: can't be folded, so it stays: a reader behind it has no place for a bias (give Reader.bias)"
                 )
-            del flat[path]
+            _require_neutral(path, flat.pop(path), neutral)
     return with_leaves(params, flat)
+
+
+def _require_neutral(path: str, leaf: Array, neutral: int) -> None:
+    if not isinstance(leaf, jax.core.Tracer) and np.any(np.asarray(leaf) != neutral):
+        raise LayoutError(
+            f"{path}: is not {neutral} everywhere, so removing it would change the function; fold_affine first"
+        )
 
 
 def require_recentered(params: Tree, spec: MainBranch) -> None:
@@ -185,8 +191,9 @@ def require_recentered(params: Tree, spec: MainBranch) -> None:
     """
     flat = leaves(params)
     means = {}
-    for path, axis in spec.resolve(params).writers:
-        value = _wide(flat[path])
+    found = spec.resolve(params)
+    for path, axis in found.writers:
+        value = _scaled(_wide(flat[path]), axis, path, found, flat)
         rounding = float(jnp.finfo(flat[path].dtype).eps) * np.sqrt(np.square(value).mean())
         means[path] = float(np.abs(value.mean(axis=axis)).max() / max(rounding, np.finfo(np.float64).tiny))
     worst = max(means, key=lambda path: means[path])
@@ -247,10 +254,23 @@ def _transform(
         if path not in new:  # a reader's bias, now a row of its kernel
             continue
         value = _wide(new[path])
+        if fold or writer:
+            value = _scaled(value, axis, path, found, old)
         for change in writer:
             value = change(value, axis)
         new[path] = _narrow(value, old[path])
+    for path in set(found.scales.values()) if fold or writer else ():
+        value = np.ones(old[path].shape)
+        for change in affine:
+            value = change(value, -1)
+        new[path] = _narrow(value, old[path])
     return with_leaves(params, new)
+
+
+def _scaled(value: Array, axis: int, path: str, found: Resolved, flat: Mapping[str, Array]) -> Array:
+    """A widened writer, times its LayerScale where it has one."""
+    scale = found.scales.get(path)
+    return value if scale is None else value * _along(_wide(flat[scale]), value, axis, scale, path)
 
 
 def _folds(norm: NormLeaves) -> bool:

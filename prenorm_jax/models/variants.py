@@ -62,12 +62,13 @@ class Variant:
     to_native: Chart = _same_tree
     to_pre_ln: Chart = _same_tree
 
-    def norm_in_pre_ln(self, x: Array, scale: Array, bias: Array, *, eps: float) -> Array:
+    def norm_in_pre_ln(self, x: Array, scale: Array, bias: Array | None, *, eps: float) -> Array:
         """LayerNorm's value in its own coordinates, (..., R) -> (..., D), whatever the coordinates of x."""
         if self.read is _same:
             return self.norm(x, scale, bias, eps=eps)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         n = self.read(self.norm(wide, eps=eps))
+        bias = jnp.zeros_like(scale) if bias is None else bias
         scale, bias = (leaf.astype(n.dtype).reshape((1,) * (n.ndim - 1) + leaf.shape) for leaf in (scale, bias))
         return (n * scale + bias).astype(x.dtype)
 
