@@ -26,7 +26,7 @@ ANYWHERE = {"version"}
 LIBRARIES = {
     **{room: {"jax", "numpy"} for room in ORDER[: ORDER.index("models")]},
     "models": {"jax", "numpy", "flax"},
-    "interop": {"jax", "numpy", "flax", "safetensors"},
+    "interop": {"jax", "numpy", "flax", "ml_dtypes", "rich"},
 }
 ENTRY_POINTS_ALONE = {"absl", "ml_collections"}
 

@@ -1,0 +1,39 @@
+"""prenorm: checkpoints from elsewhere, at the command line. `prenorm COMMAND --help` says more; so does `python -m prenorm_jax.interop`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from prenorm_jax.interop.tensors import FormatError
+from prenorm_jax.main_branch import LayoutError
+
+COMMANDS = {
+    "inspect": "prenorm_jax.interop.inspect",
+}
+"""Command -> its module, which has `arguments(parser)`, `run(arguments) -> exit status`, and its help as docstring."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Exit status: 0, 1 where what was asked does not hold, 2 for input that is refused."""
+    parser = argparse.ArgumentParser("prenorm", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        command = importlib.import_module(module)
+        summary, _, _ = (command.__doc__ or "").partition("\n")
+        of_command = commands.add_parser(
+            name, help=summary, description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.arguments(of_command)
+        of_command.set_defaults(run=command.run)
+    chosen = parser.parse_args(argv)
+    try:
+        status: int = chosen.run(chosen)
+    except (FormatError, LayoutError, OSError) as error:
+        print(f"prenorm: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
