@@ -2,6 +2,7 @@
 
 from prenorm_jax import layouts
 from prenorm_jax.main_branch import LayoutError, MainBranch, Norm, Reader, Writer
+from prenorm_jax.manifest import ManifestError, check_manifest, manifest
 from prenorm_jax.norms import crms_norm, crms_norm_packed, layer_norm, rms_norm
 from prenorm_jax.tracing import ConversionError, Converted, convert, trace
 from prenorm_jax.transforms import (
@@ -28,9 +29,11 @@ __all__ = [
     "Converted",
     "LayoutError",
     "MainBranch",
+    "ManifestError",
     "Norm",
     "Reader",
     "Writer",
+    "check_manifest",
     "compress",
     "convert",
     "crms_norm",
@@ -39,6 +42,7 @@ __all__ = [
     "fold_affine",
     "layer_norm",
     "layouts",
+    "manifest",
     "pack",
     "plain_eps",
     "recenter",
