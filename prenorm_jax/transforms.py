@@ -10,14 +10,15 @@ R with input axis i and d the width:
     compress, "drop"   W <- (W - mean_o(W)) without its last slice; R <- R_j - R_d for j < d: x_d = -sum of the others.
     compress, "reflect"  W <- (H W) without its last slice, R <- (H R) without its last row, where H is the Householder reflection
                        that maps 1/sqrt(d) (1, ..., 1) to the last unit vector: there the mean is the last coordinate.
-    LayerScale         y * lambda with y = W x + b: W <- W diag(lambda), b <- b * lambda; lambda <- 1, before anything else.
     pack               one spare lane: W gets a slice of zeros, R gets its bias as that lane's row.
 
+A writer behind a LayerScale is W <- diag(lambda) W, lambda <- 1 before any of these maps (fold_affine stops there): what is recentered
+is what is written.
 A norm with a reader that can take no bias, or with `keep`, keeps its affine: nothing is folded into its readers.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ from prenorm_jax.paths import Tree, leaves, with_leaves
 def fold_affine(params: Tree, spec: MainBranch) -> Tree:
     """Moves each norm's scale and bias into its readers (identity 4); the norm's leaves become ones and zeros. Idempotent.
 
-    A reader without a bias gains one where its description says so (`Reader.bias`). LayerScales move into their writers.
+    A reader without a bias gains one where its description says so (`Reader.bias`).
 
     >>> params = {"norm": {"scale": jnp.array([2.0, 0.0])}, "up": {"kernel": jnp.ones((2, 1))}, "down": {"kernel": jnp.eye(2)}}
     >>> from prenorm_jax.main_branch import Norm, Reader, Writer
@@ -156,32 +157,31 @@ def plain_eps(eps: float, width: int) -> float:
     return eps * width / (width - 1)
 
 
-def strip_affine(params: Tree, spec: MainBranch) -> Tree:
-    """Removes the norms' scale and bias leaves, and LayerScales, after `fold_affine`, for a model whose norms have none.
+def strip_affine(params: Tree, spec: MainBranch, *, layer_scales: bool = False) -> Tree:
+    """Removes the norms' scale and bias leaves after `fold_affine`, for a model whose norms have none.
+
+    Args:
+      layer_scales: whether to remove the LayerScales as well, for a model that has none.
 
     Raises: LayoutError where a concrete leaf is not ones (scale) or zeros (bias), and for traced ones of a norm that can't be folded.
     """
     flat = leaves(params)
     found = spec.resolve(params)
-    for path in set(found.scales.values()):
-        _require_neutral(path, flat.pop(path), 1)
+    neutral = dict.fromkeys(found.layer_scales.values(), 1) if layer_scales else {}
     for norm in found.norms:
-        for path, neutral in ((norm.scale, 1), (norm.bias, 0)):
-            if path is None or norm.keep is not None:
-                continue
-            if isinstance(flat[path], jax.core.Tracer) and not _folds(norm):
-                raise LayoutError(
-                    f"{path}: can't be folded, so it stays: a reader behind it has no place for a bias (give Reader.bias)"
-                )
-            _require_neutral(path, flat.pop(path), neutral)
+        own = {path: value for path, value in ((norm.scale, 1), (norm.bias, 0)) if path and norm.keep is None}
+        if not norm.folds and any(isinstance(flat[path], jax.core.Tracer) for path in own):
+            raise LayoutError(
+                f"{next(iter(own))}: can't be folded, so it stays: a reader behind it has no place for a bias (give Reader.bias)"
+            )
+        neutral |= own
+    for path, value in neutral.items():
+        leaf = flat.pop(path)
+        if not isinstance(leaf, jax.core.Tracer) and np.any(np.asarray(leaf) != value):
+            raise LayoutError(
+                f"{path}: is not {value} everywhere, so removing it would change the function; fold_affine first"
+            )
     return with_leaves(params, flat)
-
-
-def _require_neutral(path: str, leaf: Array, neutral: int) -> None:
-    if not isinstance(leaf, jax.core.Tracer) and np.any(np.asarray(leaf) != neutral):
-        raise LayoutError(
-            f"{path}: is not {neutral} everywhere, so removing it would change the function; fold_affine first"
-        )
 
 
 def require_recentered(params: Tree, spec: MainBranch) -> None:
@@ -193,7 +193,9 @@ def require_recentered(params: Tree, spec: MainBranch) -> None:
     means = {}
     found = spec.resolve(params)
     for path, axis in found.writers:
-        value = _scaled(_wide(flat[path]), axis, path, found, flat)
+        value = _wide(flat[path])
+        if path in found.layer_scales:
+            value = _scaled(value, axis, path, found.layer_scales[path], flat)
         rounding = float(jnp.finfo(flat[path].dtype).eps) * np.sqrt(np.square(value).mean())
         means[path] = float(np.abs(value.mean(axis=axis)).max() / max(rounding, np.finfo(np.float64).tiny))
     worst = max(means, key=lambda path: means[path])
@@ -224,14 +226,18 @@ def _transform(
     old = leaves(params)
     new = dict(old)
     _check_kept(found, reader, spare)
+    read = set()  # a kernel behind several norms (without affine) is one kernel
     for norm in found.norms:
-        if not _folds(norm):
+        if not norm.folds:
             if kept_scale != 1.0:
                 new[_required_scale(norm)] = _narrow(
                     _wide(old[_required_scale(norm)]) * kept_scale, old[_required_scale(norm)]
                 )
             continue
         for leaf in norm.readers:
+            if leaf.kernel in read:
+                continue
+            read.add(leaf.kernel)
             kernel, bias = _read(leaf, norm, new, old, fold)
             for change in reader:
                 kernel = change(kernel, leaf.axis)
@@ -254,28 +260,17 @@ def _transform(
         if path not in new:  # a reader's bias, now a row of its kernel
             continue
         value = _wide(new[path])
-        if fold or writer:
-            value = _scaled(value, axis, path, found, old)
+        if (fold or writer) and path in found.layer_scales:
+            value = _scaled(value, axis, path, found.layer_scales[path], old)
         for change in writer:
             value = change(value, axis)
         new[path] = _narrow(value, old[path])
-    for path in set(found.scales.values()) if fold or writer else ():
+    for path in set(found.layer_scales.values()) if fold or writer else ():
         value = np.ones(old[path].shape)
         for change in affine:
             value = change(value, -1)
         new[path] = _narrow(value, old[path])
     return with_leaves(params, new)
-
-
-def _scaled(value: Array, axis: int, path: str, found: Resolved, flat: Mapping[str, Array]) -> Array:
-    """A widened writer, times its LayerScale where it has one."""
-    scale = found.scales.get(path)
-    return value if scale is None else value * _along(_wide(flat[scale]), value, axis, scale, path)
-
-
-def _folds(norm: NormLeaves) -> bool:
-    """Whether the norm's affine can move: every reader can take a bias, or there is none to take."""
-    return norm.keep is None and (norm.bias is None or all(reader.bias for reader in norm.readers))
 
 
 def _required_scale(norm: NormLeaves) -> str:
@@ -303,10 +298,10 @@ def _refuse_packed(params: Tree, found: Resolved) -> None:
 
 def _check_kept(found: Resolved, reader: Sequence[Map], spare: str | None) -> None:
     for norm in found.norms:
-        if (reader or spare) and norm.keep is None and not _folds(norm):
+        if (reader or spare) and norm.keep is None and not norm.folds:
             kernel = next(reader.kernel for reader in norm.readers if not reader.bias)
             raise LayoutError(
-                f"{norm.bias}: can't be folded: its reader {kernel} has no place for a bias (give Reader.bias)"
+                f"{norm.bias}: can't be folded: its reader {kernel} has no place for a bias (give Reader.bias, or keep=... the norm)"
             )
 
 
@@ -319,7 +314,7 @@ def _read(
     if not fold:
         return kernel, bias
     if norm.bias is not None:
-        beta = _along(_wide(old[norm.bias]), kernel, leaf.axis, norm.bias, leaf.kernel)
+        beta = _along(_wide(old[norm.bias]), kernel, leaf.axis, norm.bias, f"its reader {leaf.kernel}")
         shift = (beta * kernel).sum(axis=leaf.axis)
         if bias is not None and bias.shape != shift.shape:
             raise LayoutError(
@@ -327,20 +322,25 @@ def _read(
             )
         bias = shift if bias is None else bias + shift
     if norm.scale is not None:
-        kernel = kernel * _along(_wide(old[norm.scale]), kernel, leaf.axis, norm.scale, leaf.kernel)
+        kernel = kernel * _along(_wide(old[norm.scale]), kernel, leaf.axis, norm.scale, f"its reader {leaf.kernel}")
     return kernel, bias
 
 
-def _along(row: Array, kernel: Array, axis: int, path: str, reader: str) -> Array:
-    """A (layers..., d) norm parameter, shaped to multiply a (layers..., ..., d, ...) kernel along its input axis."""
+def _along(row: Array, kernel: Array, axis: int, path: str, leaf: str) -> Array:
+    """A (layers..., d) parameter, shaped to multiply a (layers..., ..., d, ...) kernel along its axis of the main branch."""
     layers = row.shape[:-1]
     if kernel.shape[: len(layers)] != layers or kernel.ndim + axis < len(layers):
-        raise LayoutError(
-            f"{path} {row.shape}: its leading (stacked) axes are not those of its reader {reader} {kernel.shape}"
-        )
+        raise LayoutError(f"{path} {row.shape}: its leading (stacked) axes are not those of {leaf} {kernel.shape}")
     shape = list(layers) + [1] * (kernel.ndim - len(layers))
     shape[axis] = row.shape[-1]
     return row.reshape(shape)
+
+
+def _scaled(kernel: Array, axis: int, path: str, scale_path: str, old: dict[str, Array]) -> Array:
+    """diag(lambda) W, for a lambda of (layers..., 1..., d): the ones that let it broadcast against activations are left out."""
+    scale = _wide(old[scale_path])
+    scale = scale.reshape([size for size in scale.shape[:-1] if size != 1] + [scale.shape[-1]])
+    return kernel * _along(scale, kernel, axis, scale_path, f"its writer {path}")
 
 
 def _fill_spare(kernel: Array, bias: Array | None, axis: int) -> Array:

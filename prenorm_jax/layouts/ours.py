@@ -3,10 +3,10 @@
 from prenorm_jax.main_branch import MainBranch, Norm, Reader, Writer
 
 _BLOCKS_WRITE = [
-    Writer("blocks/{i...}/attn/out/kernel", scale="blocks/{i...}/scale1/scale"),
-    Writer("blocks/{i...}/attn/out/bias", scale="blocks/{i...}/scale1/scale", optional=True),
-    Writer("blocks/{i...}/mlp/down/kernel", scale="blocks/{i...}/scale2/scale"),
-    Writer("blocks/{i...}/mlp/down/bias", scale="blocks/{i...}/scale2/scale", optional=True),
+    Writer("blocks/{i...}/attn/out/kernel", scale="blocks/{i...}/scale1/scale", scale_optional=True),
+    Writer("blocks/{i...}/attn/out/bias", scale="blocks/{i...}/scale1/scale", scale_optional=True, optional=True),
+    Writer("blocks/{i...}/mlp/down/kernel", scale="blocks/{i...}/scale2/scale", scale_optional=True),
+    Writer("blocks/{i...}/mlp/down/bias", scale="blocks/{i...}/scale2/scale", scale_optional=True, optional=True),
 ]
 _BLOCKS_READ = [
     Norm(

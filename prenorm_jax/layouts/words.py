@@ -15,21 +15,26 @@ class Words:
     offset: str = "bias"
     reads: int = -2
     writes: int = -1
+    separator: str = "/"
 
-    def writer(self, path: str, optional: bool = False) -> list[Writer]:
-        """A linear map that writes to the main branch: its kernel and, where there is one, its bias."""
+    def writer(self, path: str, optional: bool = False, scale: str | None = None) -> list[Writer]:
+        """A linear map that writes to the main branch: its kernel and, where there is one, its bias; `scale` is its LayerScale."""
         return [
-            Writer(f"{path}/{self.kernel}", self.writes, optional),
-            Writer(f"{path}/{self.bias}", optional=True),
+            Writer(f"{path}{self.separator}{self.kernel}", self.writes, optional, scale),
+            Writer(f"{path}{self.separator}{self.bias}", optional=True, scale=scale),
         ]
 
     def reader(self, path: str, axis: int | None = None) -> Reader:
         """A linear map behind a norm; where it has no bias, folding the norm's gives it one."""
-        return Reader(f"{path}/{self.kernel}", self.reads if axis is None else axis, f"{path}/{self.bias}")
+        return Reader(
+            f"{path}{self.separator}{self.kernel}",
+            self.reads if axis is None else axis,
+            f"{path}{self.separator}{self.bias}",
+        )
 
     def norm(self, path: str, readers: list[Reader], eps: float | None = None, keep: str | None = None) -> Norm:
         """A norm and what reads it."""
-        return Norm(readers, f"{path}/{self.scale}", f"{path}/{self.offset}", eps, keep)
+        return Norm(readers, f"{path}{self.separator}{self.scale}", f"{path}{self.separator}{self.offset}", eps, keep)
 
 
 FLAX = Words()
@@ -37,3 +42,6 @@ FLAX_CONV1D = Words(reads=-1, writes=-2)
 """HF's FlaxConv1D, whose kernel is (out, in)."""
 HAIKU = Words(kernel="w", bias="b", offset="offset")
 EQUINOX = Words(kernel="weight", scale="weight", reads=-1, writes=-2)
+TORCH = Words(kernel="weight", scale="weight", reads=-1, writes=-2, separator=".")
+TORCH_CONV1D = Words(kernel="weight", scale="weight", separator=".")
+"""The Conv1D of HF's GPT-2, whose weight is (in, out)."""

@@ -32,8 +32,13 @@ SIZES = {
 VIT = {**SIZES, "intermediate_size": 24, "num_labels": CLASSES}
 DINO = {**SIZES, "mlp_ratio": 2, "num_labels": CLASSES, "layerscale_value": 0.5}
 GPT2 = {
-    **{"n_embd": WIDTH, "n_layer": DEPTH, "n_head": HEADS, "n_positions": CONTEXT, "vocab_size": VOCABULARY},
-    **{"bos_token_id": 0, "eos_token_id": 0},
+    "n_embd": WIDTH,
+    "n_layer": DEPTH,
+    "n_head": HEADS,
+    "n_positions": CONTEXT,
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
 }
 TIMM = {"img_size": 8, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_ratio": 2, "num_classes": CLASSES}
 
@@ -160,8 +165,13 @@ class NanoGPT(nn.Module):
         self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
         self.args = {
-            **{"n_layer": DEPTH, "n_head": HEADS, "n_embd": WIDTH, "block_size": CONTEXT},
-            **{"bias": bias, "vocab_size": VOCABULARY, "dropout": 0.0},
+            "n_layer": DEPTH,
+            "n_head": HEADS,
+            "n_embd": WIDTH,
+            "block_size": CONTEXT,
+            "bias": bias,
+            "vocab_size": VOCABULARY,
+            "dropout": 0.0,
         }
 
     def forward(self, tokens):
