@@ -9,6 +9,8 @@ from prenorm_jax.interop.tensors import FormatError
 from prenorm_jax.main_branch import LayoutError
 
 COMMANDS = {
+    "import": "prenorm_jax.interop.into_ours",
+    "export": "prenorm_jax.interop.from_ours",
     "inspect": "prenorm_jax.interop.inspect",
 }
 """Command -> its module, which has `arguments(parser)`, `run(arguments) -> exit status`, and its help as docstring."""
