@@ -375,7 +375,7 @@ def _wide(leaf: Array) -> Array:
 def _narrow(value: Array, like: Array) -> Array:
     """Back to the storage dtype, the kind of array and (where the shape is kept) the devices, with one rounding."""
     if isinstance(value, np.ndarray):
-        value = _rounded(value, like.dtype)
+        value = rounded(value, like.dtype)
         if isinstance(like, np.ndarray):
             return value
         concrete = isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer)
@@ -384,7 +384,7 @@ def _narrow(value: Array, like: Array) -> Array:
     return value.astype(like.dtype)
 
 
-def _rounded(value: Array, dtype: Any) -> Array:
+def rounded(value: Array, dtype: Any) -> Array:
     """A host array in another dtype, rounded once. numpy takes float64 to bfloat16 by way of float32, and rounds twice: rounding to
     odd in between keeps what the second rounding has to know."""
     if value.dtype != np.float64 or dtype != jnp.bfloat16:

@@ -5,10 +5,13 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from prenorm_jax.interop.plan import RefusedError
 from prenorm_jax.interop.tensors import FormatError
 from prenorm_jax.main_branch import LayoutError
 
 COMMANDS = {
+    "convert": "prenorm_jax.interop.convert",
+    "verify": "prenorm_jax.interop.verify",
     "import": "prenorm_jax.interop.into_ours",
     "export": "prenorm_jax.interop.from_ours",
     "inspect": "prenorm_jax.interop.inspect",
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(argv)
     try:
         status: int = chosen.run(chosen)
-    except (FormatError, LayoutError, OSError) as error:
+    except (FormatError, LayoutError, RefusedError, OSError) as error:
         print(f"prenorm: {error}", file=sys.stderr)
         return 2
     return status

@@ -20,6 +20,7 @@ import numpy as np
 
 from prenorm_jax import models
 from prenorm_jax.interop import safetensors, stored
+from prenorm_jax.interop.destination import destination
 from prenorm_jax.interop.exporting import config_of, exported
 from prenorm_jax.interop.formats import _library, open_checkpoint
 from prenorm_jax.interop.importing import Imported, nested
@@ -65,20 +66,12 @@ def trained(workdir: pathlib.Path) -> stored.Stored:
     return found._replace(imported=dataclasses.replace(found.imported, config=config, params=params))
 
 
-def write(found: stored.Stored, destination: pathlib.Path) -> None:
+def write(found: stored.Stored, folder: pathlib.Path) -> None:
     """Writes the folder of a checkpoint; it appears under its name when all of it is there. Raises: FileExistsError."""
-    if destination.exists():
-        raise FileExistsError(f"{destination}: exists; give another folder")
-    partial = destination.absolute().with_name(f".{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        shutil.copytree(found.folder / "source", partial)
+    with destination(folder, stored.total_bytes(found.imported)) as partial:
+        shutil.copytree(found.folder / "source", partial, dirs_exist_ok=True)
         _rewrite_config(partial / "config.json", found.imported)
         WRITERS[found.source["format"]](exported(found.imported), partial, found.source)
-        partial.rename(destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _rewrite_config(file: pathlib.Path, imported: Imported) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from prenorm_jax import models
 from prenorm_jax.interop import safetensors
+from prenorm_jax.interop.destination import destination
 from prenorm_jax.interop.families import FAMILIES
 from prenorm_jax.interop.formats import Checkpoint, _library, open_checkpoint
 from prenorm_jax.interop.importing import Imported, Names, nested
@@ -22,6 +23,7 @@ from prenorm_jax.interop.tensors import FormatError
 from prenorm_jax.manifest import check_manifest, manifest
 from prenorm_jax.models import GPTConfig, ViTConfig
 from prenorm_jax.models.config import ConfigError
+from prenorm_jax.paths import leaves
 from prenorm_jax.version import VERSION
 
 FORMAT = 1
@@ -54,47 +56,46 @@ def save(imported: Imported, checkpoint: Checkpoint, folder: pathlib.Path) -> No
 
     Raises: FileExistsError where it exists; FormatError without Orbax.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder}: exists; give another folder")
     ocp: Any = _library("orbax.checkpoint", folder, "imported checkpoints")
-    config, names = imported.config, imported.names
-    partial = folder.absolute().with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "source").mkdir(parents=True)
-    try:
+    config, names, metadata = imported.config, imported.names, checkpoint.metadata
+    kept = {name: (value.dtype, value.shape) for name, value in imported.kept.items()}
+    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    about = {
+        "format": FORMAT,
+        "prenorm_jax": VERSION,
+        "model": {"kind": _kind(config), **dataclasses.asdict(config)},
+        "coordinates": "pre_ln",
+        "names": {
+            **{name: getattr(names, name) for name in ("prefix", "base", "stacked", "tied")},
+            "family": names.family.name,
+        },
+        "source": {
+            "file": "model.safetensors" if checkpoint.path.is_dir() else checkpoint.path.name,
+            "format": checkpoint.format,
+            **({"model_args": metadata["model_args"]} if "model_args" in metadata else {}),
+        },
+        "manifest": manifest(imported.params, models.main_branch(config), "pre_ln", computation=config.dtype),
+    }
+    with destination(folder, total_bytes(imported)) as partial:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial / "parameters", imported.params)
-        root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+        (partial / "source").mkdir()
         for name in CARRIED:
             if (root / name).is_file():
                 shutil.copy(root / name, partial / "source" / name)
         if names.family.value_range and not (root / "preprocessor_config.json").is_file():
             preprocessing = json.dumps(value_range(config.image_size), indent=2)  # type: ignore[union-attr]
             (partial / "source" / "preprocessor_config.json").write_text(preprocessing + "\n")
-        if imported.kept:
-            tensors = {name: (value.dtype, value.shape) for name, value in imported.kept.items()}
-            with safetensors.Writer(partial / "kept.safetensors", tensors) as file:
+        if kept:
+            with safetensors.Writer(partial / "kept.safetensors", kept) as file:
                 for name, value in imported.kept.items():
                     file.write(name, value)
-        metadata = checkpoint.metadata
-        about = {
-            "format": FORMAT,
-            "prenorm_jax": VERSION,
-            "model": {"kind": _kind(config), **dataclasses.asdict(config)},
-            "coordinates": "pre_ln",
-            "names": {**dataclasses.asdict(dataclasses.replace(names, family=None)), "family": names.family.name},  # type: ignore[arg-type]
-            "source": {
-                "file": "model.safetensors" if checkpoint.path.is_dir() else checkpoint.path.name,
-                "format": checkpoint.format,
-                **({"model_args": metadata["model_args"]} if "model_args" in metadata else {}),
-            },
-            "manifest": manifest(imported.params, models.main_branch(config), "pre_ln", computation=config.dtype),
-        }
         (partial / "model.json").write_text(json.dumps(about, indent=2) + "\n")
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+
+def total_bytes(imported: Imported) -> int:
+    """What an import takes on disk, near enough."""
+    return sum(leaf.nbytes for leaf in [*leaves(imported.params).values(), *imported.kept.values()])
 
 
 def load(folder: pathlib.Path) -> Stored:

@@ -267,29 +267,29 @@ HF_VIT_MAE_DECODER = _decoder(
     _VIT_READ,
     ("decoder.decoder_norm", ["decoder.decoder_pred"]),
 )
-_DINOV2 = "dinov2.encoder.layer.{i}"
-HF_DINOV2 = _branch(
-    _patches(
-        "dinov2.embeddings",
-        "patch_embeddings.projection",
-        "position_embeddings",
-        "cls_token",
-        "mask_token",
-        "register_tokens",
-    ),
-    [
-        (f"{_DINOV2}.attention.output.dense", f"{_DINOV2}.layer_scale1.lambda1"),
-        (f"{_DINOV2}.mlp.fc2", f"{_DINOV2}.layer_scale2.lambda1"),
-        (f"{_DINOV2}.mlp.weights_out", f"{_DINOV2}.layer_scale2.lambda1"),
-    ],
-    {
-        f"{_DINOV2}.norm1": [f"{_DINOV2}.attention.attention.{name}" for name in ("query", "key", "value")],
-        f"{_DINOV2}.norm2": [f"{_DINOV2}.mlp.fc1", f"{_DINOV2}.mlp.weights_in"],
-        "dinov2.layernorm": [],
-    },
-    keep="read as it is, and by a classifier that concatenates it",
-)
-"""DINOv2, with registers or without, MLP or SwiGLU."""
+
+
+def _dinov2(name: str) -> MainBranch:
+    layer = f"{name}.encoder.layer.{{i}}"
+    tables = ("position_embeddings", "cls_token", "mask_token", "register_tokens")
+    return _branch(
+        _patches(f"{name}.embeddings", "patch_embeddings.projection", *tables),
+        [
+            (f"{layer}.attention.output.dense", f"{layer}.layer_scale1.lambda1"),
+            (f"{layer}.mlp.fc2", f"{layer}.layer_scale2.lambda1"),
+            (f"{layer}.mlp.weights_out", f"{layer}.layer_scale2.lambda1"),
+        ],
+        {
+            f"{layer}.norm1": [f"{layer}.attention.attention.{part}" for part in ("query", "key", "value")],
+            f"{layer}.norm2": [f"{layer}.mlp.fc1", f"{layer}.mlp.weights_in"],
+            f"{name}.layernorm": [],
+        },
+        keep="its output is the model's, and a classifier reads two tokens of it side by side",
+    )
+
+
+HF_DINOV2 = _dinov2("dinov2")
+HF_DINOV2_REGISTERS = _dinov2("dinov2_with_registers")
 _BEIT = "beit.encoder.layer.{i}"
 HF_BEIT = _branch(
     _patches("beit.embeddings", "patch_embeddings.projection", "position_embeddings", "cls_token", "mask_token"),

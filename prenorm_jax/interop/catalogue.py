@@ -1,4 +1,4 @@
-"""Which checkpoints of HF transformers `prenorm convert` knows: `model_type` of config.json to an `Architecture`, as data; and why others are refused.
+"""Which checkpoints of HF transformers `prenorm convert` knows: config.json's `model_type` to an `Architecture`, as data.
 
 An architecture names its main branches (`prenorm_jax.layouts.torch`), and what the names of its leaves don't tell: where config.json
 says width, depth and eps, which leaves are beside all main branches, which LayerNorms are not on one, what is tied, and where a main
@@ -7,6 +7,7 @@ with RMSNorm recenters the input of that one module. Source: the models' code in
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ class Stream:
       starts: why the input of `first` has to be recentered at run time; None where all that starts it is weights.
       kept: norms of `branch` that stay LayerNorms -> why.
       lacking: leaves of `branch` that the model lacks in some layers.
+      readers_layers: as `layers`, of another main branch whose layers read this one's last norm.
     """
 
     branch: MainBranch
@@ -39,6 +41,7 @@ class Stream:
     starts: str | None = None
     kept: Mapping[str, str] = dataclasses.field(default_factory=dict)
     lacking: tuple[str, ...] = ()
+    readers_layers: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Architecture:
     Args:
       streams: name -> main branch.
       base: what the names of the model without its head lack at their beginning.
+      aliases: beginnings of names that mean other ones.
       beside: patterns of leaves that no main branch reaches; a checkpoint may lack them.
       kept: LayerNorms among them -> why they stay.
       table, head: the embedding table, and the head that may be tied to it.
@@ -59,6 +63,7 @@ class Architecture:
 
     streams: Mapping[str, Stream]
     base: str = ""
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     beside: tuple[str, ...] = ()
     kept: Mapping[str, str] = dataclasses.field(default_factory=dict)
     table: str | None = None
@@ -81,29 +86,27 @@ BUFFERS = (
 )
 """Constants that checkpoints hold beside their weights; they are copied."""
 
-MAY_LACK = (
-    *("lm_head", "score", "embed_out", "proj_out", "classifier", "pooler", "text_projection", "visual_projection"),
-    *("crossattention", "ln_cross_attn", "encoder_attn", "mask_token", "register_tokens", "layernorm"),
-    *("position_embeddings", "weights_in", "weights_out", "mlp.fc1", "mlp.fc2", "decoder."),
+MAY_LACK = re.compile(
+    r"^(lm_head|score|embed_out|proj_out|classifier|cls_classifier|distillation_classifier|text_projection|visual_projection)\."
+    r"|\.(crossattention|ln_cross_attn|encoder_attn|encoder_attn_layer_norm|pooler)\."
+    r"|_embeddings$|(mask|register|distillation)_tokens?$"
+    r"|^dinov2.*\.mlp\.|^decoder\.|^head\.dense|^(beit\.|beit\.pooler\.)?layernorm\.|lambda_[12]$"
 )
-"""Parts of names: the rules of a layout that a checkpoint may lack altogether, because it has no such head, token or layer."""
+"""The rules of a layout that a checkpoint may lack altogether, because it has no such head, token or layer."""
 
 POST_LN = "its LayerNorms stand behind the residual sums (Post-LN): what they return is the main branch, so no mean there is redundant"
 RMS = "its norms are RMSNorms already: there is no mean to remove"
 
-REFUSED: dict[str, str] = {
-    **dict.fromkeys(
-        "bert roberta xlm-roberta xlm-roberta-xl camembert distilbert albert electra deberta deberta-v2 mpnet longformer big_bird ernie "
-        "nystromformer bart marian blenderbot-small openai-gpt layoutlm layoutlmv2 layoutlmv3 lxmert visual_bert funnel squeezebert".split(),
-        POST_LN,
-    ),
-    **dict.fromkeys(
-        "llama llama4 llama4_text mistral mixtral ministral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3 gemma3_text gemma3n phi3 "
-        "phimoe t5 mt5 umt5 longt5 olmo2 olmo3 granite granitemoe deepseek_v2 deepseek_v3 smollm3 glm glm4 internlm3 jamba mamba mamba2 "
-        "gpt_oss exaone4 helium recurrent_gemma".split(),
-        RMS,
-    ),
-}
+_POST_LN_MODELS = """
+bert roberta xlm-roberta xlm-roberta-xl camembert distilbert albert electra deberta deberta-v2 mpnet longformer big_bird ernie funnel
+nystromformer bart marian blenderbot-small openai-gpt layoutlm layoutlmv2 layoutlmv3 lxmert visual_bert squeezebert
+"""
+_RMS_MODELS = """
+llama llama4 llama4_text mistral mixtral ministral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3 gemma3_text gemma3n phi3 phimoe
+t5 mt5 umt5 longt5 olmo2 olmo3 granite granitemoe deepseek_v2 deepseek_v3 smollm3 glm glm4 internlm3 jamba mamba mamba2 gpt_oss exaone4
+helium recurrent_gemma
+"""
+REFUSED = {**dict.fromkeys(_POST_LN_MODELS.split(), POST_LN), **dict.fromkeys(_RMS_MODELS.split(), RMS)}
 """model_type -> why it is refused."""
 
 _EMBEDDING_NORM = "normalises the embedding before the main branch starts"
@@ -155,7 +158,11 @@ def _falcon(config: Config) -> Architecture:
 
 
 def _bloom(config: Config) -> Architecture:
-    keys = {"width": "hidden_size" if "hidden_size" in config else "n_embed", "layers": "n_layer", "eps": "layer_norm_epsilon"}
+    keys = {
+        "width": "hidden_size" if "hidden_size" in config else "n_embed",
+        "layers": "n_layer",
+        "eps": "layer_norm_epsilon",
+    }
     norm = "transformer.word_embeddings_layernorm"
     starts = "what starts it is a LayerNorm's output, whose affine gives it a mean"
     return Architecture(
@@ -182,9 +189,7 @@ def _vit(name: str, branch: MainBranch, **more: Any) -> Architecture:
 
 
 def _vit_mae() -> Architecture:
-    encoder = Stream(
-        torch.HF_VIT_MAE, "vit.encoder.layer.0", **_PLAIN, eps="layer_norm_eps", default_eps=1e-12
-    )
+    encoder = Stream(torch.HF_VIT_MAE, "vit.encoder.layer.0", **_PLAIN, eps="layer_norm_eps", default_eps=1e-12)
     decoder = Stream(
         torch.HF_VIT_MAE_DECODER,
         "decoder.decoder_layers.0",
@@ -193,12 +198,14 @@ def _vit_mae() -> Architecture:
         "layer_norm_eps",
         1e-12,
     )
-    return Architecture({"vit": encoder, "decoder": decoder}, "vit.")
+    # transformers 5 saves them as the first, and loads both.
+    aliases = {"decoder.decoder_encoder.layer.": "decoder.decoder_layers."}
+    return Architecture({"vit": encoder, "decoder": decoder}, "vit.", aliases)
 
 
-def _dinov2(name: str) -> Architecture:
-    stream = Stream(torch.HF_DINOV2, "dinov2.encoder.layer.0", **_PLAIN, eps="layer_norm_eps", default_eps=1e-6)
-    return Architecture({"dinov2": stream}, f"{name}.", beside=("classifier.*",))
+def _dinov2(name: str, branch: MainBranch) -> Architecture:
+    stream = Stream(branch, f"{name}.encoder.layer.0", **_PLAIN, eps="layer_norm_eps", default_eps=1e-6)
+    return Architecture({name: stream}, f"{name}.", beside=("classifier.*",))
 
 
 _WHISPER = Architecture(
@@ -209,6 +216,7 @@ _WHISPER = Architecture(
             "d_model",
             "encoder_layers",
             starts="what starts it is a GELU's output and sinusoids",
+            readers_layers="decoder_layers",
         ),
         "decoder": Stream(torch.HF_WHISPER_DECODER, "model.decoder.layers.0", "d_model", "decoder_layers"),
     },
@@ -300,11 +308,7 @@ ARCHITECTURES: dict[str, Architecture | Callable[[Config], Architecture]] = {
     "bloom": _bloom,
     "falcon": _falcon,
     "mpt": Architecture(
-        {
-            "transformer": Stream(
-                torch.HF_MPT, "transformer.blocks.0", "d_model", "n_layers", "layer_norm_epsilon"
-            )
-        },
+        {"transformer": Stream(torch.HF_MPT, "transformer.blocks.0", "d_model", "n_layers", "layer_norm_epsilon")},
         "transformer.",
         **_HEAD,
     ),
@@ -317,8 +321,8 @@ ARCHITECTURES: dict[str, Architecture | Callable[[Config], Architecture]] = {
     "vit": _vit("vit", torch.HF_VIT),
     "deit": _vit("deit", torch.HF_DEIT),
     "vit_mae": _vit_mae(),
-    "dinov2": _dinov2("dinov2"),
-    "dinov2_with_registers": _dinov2("dinov2_with_registers"),
+    "dinov2": _dinov2("dinov2", torch.HF_DINOV2),
+    "dinov2_with_registers": _dinov2("dinov2_with_registers", torch.HF_DINOV2_REGISTERS),
     "beit": _vit(
         "beit",
         torch.HF_BEIT,
