@@ -133,9 +133,14 @@ def read_config(said: Mapping[str, Any], where: pathlib.Path) -> ViTConfig | GPT
 def value_range(size: int) -> dict[str, Any]:
     """Preprocessing to -1..1, as a preprocessor_config.json says it."""
     return {
-        **{"do_resize": True, "size": {"height": size, "width": size}, "resample": 2},
-        **{"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True},
-        **{"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
     }
 
 
