@@ -19,6 +19,7 @@ from prenorm_jax.interop.destination import destination
 from prenorm_jax.interop.families import FAMILIES
 from prenorm_jax.interop.formats import Checkpoint, _library, open_checkpoint
 from prenorm_jax.interop.importing import Imported, Names, nested
+from prenorm_jax.interop.preprocessing import preprocessing
 from prenorm_jax.interop.tensors import FormatError
 from prenorm_jax.manifest import check_manifest, manifest
 from prenorm_jax.models import GPTConfig, ViTConfig
@@ -60,6 +61,8 @@ def save(imported: Imported, checkpoint: Checkpoint, folder: pathlib.Path) -> No
     config, names, metadata = imported.config, imported.names, checkpoint.metadata
     kept = {name: (value.dtype, value.shape) for name, value in imported.kept.items()}
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    size = getattr(config, "image_size", 0)
+    prepared = preprocessing(root, checkpoint.config or {}, names.family, size) if size else None
     about = {
         "format": FORMAT,
         "prenorm_jax": VERSION,
@@ -83,9 +86,8 @@ def save(imported: Imported, checkpoint: Checkpoint, folder: pathlib.Path) -> No
         for name in CARRIED:
             if (root / name).is_file():
                 shutil.copy(root / name, partial / "source" / name)
-        if names.family.value_range and not (root / "preprocessor_config.json").is_file():
-            preprocessing = json.dumps(value_range(config.image_size), indent=2)  # type: ignore[union-attr]
-            (partial / "source" / "preprocessor_config.json").write_text(preprocessing + "\n")
+        if prepared is not None:
+            (partial / "source" / "preprocessor_config.json").write_text(json.dumps(prepared, indent=2) + "\n")
         if kept:
             with safetensors.Writer(partial / "kept.safetensors", kept) as file:
                 for name, value in imported.kept.items():
@@ -116,6 +118,11 @@ def load(folder: pathlib.Path) -> Stored:
     return Stored(imported, folder, about["source"])
 
 
+def describe(folder: pathlib.Path) -> ViTConfig | GPTConfig:
+    """The config of an import; reads no parameters. Raises: FormatError."""
+    return read_config(_about(folder)["model"], folder)
+
+
 def is_stored(folder: pathlib.Path) -> bool:
     """Whether a folder is one that `save` wrote."""
     return (folder / "model.json").is_file() and (folder / "parameters").is_dir()
@@ -128,20 +135,6 @@ def read_config(said: Mapping[str, Any], where: pathlib.Path) -> ViTConfig | GPT
         return MODELS[said["kind"]](**fields)
     except (KeyError, TypeError, ConfigError) as error:
         raise FormatError(f"{where}: its model is none of this version's ({error})") from None
-
-
-def value_range(size: int) -> dict[str, Any]:
-    """Preprocessing to -1..1, as a preprocessor_config.json says it."""
-    return {
-        "do_resize": True,
-        "size": {"height": size, "width": size},
-        "resample": 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
 
 
 def _kind(config: ViTConfig | GPTConfig) -> str:

@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
 
 
 def swap_norms(model: nn.Module, manifest: dict | str | pathlib.Path) -> dict[str, nn.Module]:
-    """Swaps, in place, the LayerNorms that the manifest says are converted, and recenters the outputs that it lists.
+    """Swaps, in place, the LayerNorms that the manifest says are converted, and recenters the inputs of the modules that it lists.
 
     Args:
       model: of the converted checkpoint.
@@ -51,7 +51,7 @@ def swap_norms(model: nn.Module, manifest: dict | str | pathlib.Path) -> dict[st
             if id(child) in new:
                 setattr(parent, key, new[id(child)])
     for entry in manifest["recenter"]:
-        modules[entry["module"]].register_forward_hook(_recenter)
+        modules[entry["module"]].register_forward_pre_hook(_recenter)
     return swapped
 
 
@@ -105,7 +105,6 @@ def _as_saved(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.M
     return {name.rpartition(".")[0]: by_token[id(token)] for name, token in saved.items() if id(token) in by_token}
 
 
-def _recenter(module, inputs, output):
-    first = output[0] if isinstance(output, tuple) else output
-    first = first - first.mean(-1, keepdim=True)
-    return (first, *output[1:]) if isinstance(output, tuple) else first
+def _recenter(module, inputs):
+    x, *others = inputs
+    return (x - x.mean(-1, keepdim=True), *others)
