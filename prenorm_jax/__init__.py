@@ -21,6 +21,7 @@ from prenorm_jax.transforms import (
     to_pre_ln,
     to_pre_rmsnorm,
     unpack,
+    untie,
     zero_mean_gauge,
 )
 from prenorm_jax.version import VERSION
@@ -74,5 +75,6 @@ __all__ = [
     "to_pre_rmsnorm",
     "trace",
     "unpack",
+    "untie",
     "zero_mean_gauge",
 ]

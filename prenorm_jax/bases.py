@@ -118,6 +118,25 @@ def last(w: Array, axis: int) -> Array:
     return w[at(slice(None), slice(-1, None), axis=axis, rank=w.ndim)]
 
 
+def along(row: Array, leaf: Array, axis: int) -> Array:
+    """A (layers..., d) vector, shaped to multiply a (layers..., ..., d, ...) leaf along an axis. Ones between the layers and d, with which
+    a parameter broadcasts against activations, are left out."""
+    layers = _layers(row)
+    shape = [*layers, *[1] * (leaf.ndim - len(layers))]
+    shape[axis] = row.shape[-1]
+    return row.reshape(shape)
+
+
+def stacks(row: Array, leaf: Array, axis: int) -> bool:
+    """Whether the leading (stacked) axes of a vector are those of a leaf, so that `along` serves."""
+    layers = _layers(row)
+    return leaf.shape[: len(layers)] == layers and leaf.ndim + axis >= len(layers)
+
+
+def _layers(row: Array) -> tuple[int, ...]:
+    return tuple(size for size in row.shape[:-1] if size != 1)
+
+
 def at(others: Any, index: Any, *, axis: int, rank: int) -> tuple[Any, ...]:
     """An index: `index` on the axis, `others` on all others."""
     return tuple(index if position == rank + axis else others for position in range(rank))

@@ -25,7 +25,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prenorm_jax.bases import Array, Map, append_zero, at, basis_maps, drop_last, last, recenter_axis, repeat_last, xp
+from prenorm_jax.bases import (
+    Array,
+    Map,
+    along,
+    append_zero,
+    at,
+    basis_maps,
+    drop_last,
+    last,
+    recenter_axis,
+    repeat_last,
+    stacks,
+    xp,
+)
 from prenorm_jax.main_branch import LayoutError, MainBranch, NormLeaves, ReaderLeaf, Resolved
 from prenorm_jax.paths import Tree, leaves, with_leaves
 
@@ -184,6 +197,30 @@ def strip_affine(params: Tree, spec: MainBranch, *, layer_scales: bool = False) 
     return with_leaves(params, flat)
 
 
+def untie(params: Tree, table: str, head: str, *, scale: float = 1.0) -> Tree:
+    """A head of its own for a model whose logits are read from the embedding table: head <- scale * table^T, the table stays.
+
+    The result belongs to a model with an untied head, whose main branch has the table as a writer and the head as a reader.
+
+    Args:
+      table: path of the table (V, d).
+      head: path of the kernel (d, V) to be made.
+      scale: what multiplies the tied logits, such as 1 / sqrt(d), if the untied model doesn't.
+
+    Raises: LayoutError where there is no such table, or a head already.
+
+    >>> untie({"embed": {"table": jnp.ones((5, 2))}}, "embed/table", "head/kernel")["head"]["kernel"].shape
+    (2, 5)
+    """
+    flat = leaves(params)
+    if table not in flat:
+        raise LayoutError(f"{table}: no such leaf; the paths are like {', '.join(list(flat)[:3])}")
+    if head in flat:
+        raise LayoutError(f"{head}: is in the tree already; name the place of a new head")
+    flat[head] = _narrow(_wide(flat[table]).swapaxes(-1, -2) * scale, flat[table])
+    return with_leaves(params, flat)
+
+
 def require_recentered(params: Tree, spec: MainBranch) -> None:
     """Refuses concrete parameters of an RMSNorm model whose main branch has a mean: such a model is no Pre-LN model in disguise.
 
@@ -328,19 +365,14 @@ def _read(
 
 def _along(row: Array, kernel: Array, axis: int, path: str, leaf: str) -> Array:
     """A (layers..., d) parameter, shaped to multiply a (layers..., ..., d, ...) kernel along its axis of the main branch."""
-    layers = row.shape[:-1]
-    if kernel.shape[: len(layers)] != layers or kernel.ndim + axis < len(layers):
+    if not stacks(row, kernel, axis):
         raise LayoutError(f"{path} {row.shape}: its leading (stacked) axes are not those of {leaf} {kernel.shape}")
-    shape = list(layers) + [1] * (kernel.ndim - len(layers))
-    shape[axis] = row.shape[-1]
-    return row.reshape(shape)
+    return along(row, kernel, axis)
 
 
-def _scaled(kernel: Array, axis: int, path: str, scale_path: str, old: dict[str, Array]) -> Array:
-    """diag(lambda) W, for a lambda of (layers..., 1..., d): the ones that let it broadcast against activations are left out."""
-    scale = _wide(old[scale_path])
-    scale = scale.reshape([size for size in scale.shape[:-1] if size != 1] + [scale.shape[-1]])
-    return kernel * _along(scale, kernel, axis, scale_path, f"its writer {path}")
+def _scaled(kernel: Array, axis: int, path: str, scale: str, flat: dict[str, Array]) -> Array:
+    """diag(lambda) W."""
+    return kernel * _along(_wide(flat[scale]), kernel, axis, scale, f"its writer {path}")
 
 
 def _fill_spare(kernel: Array, bias: Array | None, axis: int) -> Array:

@@ -149,8 +149,8 @@ class MainBranch:
         Args:
           fn: fn(params, *inputs), deterministic and jittable, with LayerNorms; any pytree of arrays as its output.
           params, *inputs: on which the description is tested; evaluated in float64 where fn lets it.
-          converted: the same function with RMSNorm at the description's norms, if there is one: it is compared with fn on
-            `to_pre_rmsnorm(params)`, which shows what fn alone can't (a constant that writes, a norm that is kept by mistake).
+          converted: converted(params, *inputs) on the same Pre-LN parameters, which transforms them and runs RMSNorm (or CRMSNorm): it has
+            to equal fn. It shows what fn alone can't: a constant that writes, a norm that is kept by mistake.
 
         Raises: LayoutError naming the leaf and the likely reason.
         """

@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from prenorm_jax.main_branch import MainBranch, Norm, patterns
+from prenorm_jax.main_branch import LayoutError, MainBranch, Norm, patterns
 from prenorm_jax.models.norm_sites import Form, eps_of, require_all, require_plain
 
 Array = jax.Array
@@ -72,7 +72,7 @@ class _Interceptor:
         rule = self.spec.norm_at(where)
         if rule is not None:
             return self._norm(module, rule, where, *args, **kwargs)
-        y = self._with_bias(call, module, where, args, kwargs)
+        y = self._with_biases(call, module, where, args, kwargs)
         if not where:
             require_all(self.spec, module.variables["params"], self.norms, "ran")
         return self.form.variant.write(y) if self.spec.is_recentered(where) else y
@@ -89,28 +89,26 @@ class _Interceptor:
         dtype = getattr(module, "dtype", None)
         return self.form.apply(x, scale, bias, eps=eps_of(module, rule, where), kept=rule.keep is not None, dtype=dtype)
 
-    def _with_bias(
+    def _with_biases(
         self, call: Callable[..., Any], module: Any, where: str, args: Any, kwargs: Mapping[str, Any]
     ) -> Any:
-        name = self._bias_of_reader(where) if hasattr(module, "use_bias") else None
-        if name is None:
-            return call(*args, **kwargs)
-        bias = _param(module, name)
-        if module.use_bias and bias is None:
+        """A module's output, with the biases of its readers as the parameters have them, declared or not."""
+        names = {name for r in self.readers if patterns.match(r.bias, f"{where}/{(name := r.bias.rpartition('/')[2])}")}
+        there = {name: bias for name in names if (bias := _param(module, name)) is not None}
+        if names - set(there) and getattr(module, "use_bias", False):
             with _without_bias(module):
                 return call(*args, **kwargs)
         y = call(*args, **kwargs)
-        if module.use_bias or bias is None:
-            return y
-        return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-
-    def _bias_of_reader(self, where: str) -> str | None:
-        """The name of the bias of a reader that is this module's."""
-        for reader in self.readers:
-            kernel, bias = (pattern.rpartition("/") for pattern in (reader.kernel, reader.bias or ""))
-            if kernel[0] == bias[0] and patterns.match(reader.kernel, f"{where}/{kernel[2]}"):
-                return bias[2]
-        return None
+        for name, bias in there.items():
+            if name in module.scope.reservations:  # the module has asked for it
+                continue
+            if getattr(module, "use_bias", True):
+                raise LayoutError(
+                    f"{where}/{name}: the reader gains this bias, and a {type(module).__name__} has no place for it; keep the norm's affine "
+                    "(Reader without bias, or Norm(keep=...)), or give it a bias"
+                )
+            y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y
 
 
 def _param(module: nn.Module, name: str) -> Array | None:

@@ -87,10 +87,13 @@ class ViT(nnx.Module):
             x = jnp.concatenate([jnp.broadcast_to(rows, (batch, *rows.shape[1:])), x], axis=1)
         x = (x + self._positions()[None]).astype(config.dtype)
 
-        x, states, _ = blocks.run(self.blocks, x.reshape(batch * config.tokens, -1), batch, remat=config.remat)
-        logits = self._head(self._pooled(x, batch))
+        tokens, length = config.tokens, blocks.even_length(config, config.tokens)
+        x = jnp.pad(x, [(0, 0), (0, length - tokens), (0, 0)]).reshape(batch * length, -1)
+        seen = tokens if length > tokens else None
+        x, states, _ = blocks.run(self.blocks, x, batch, length=seen, remat=config.remat)
+        logits = self._head(self._pooled(x.reshape(batch, length, -1)))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        return logits, {"main_branch": states.reshape(len(states), batch, config.tokens, -1)}
+        return logits, {"main_branch": states.reshape(len(states), batch, length, -1)[:, :, :tokens]}
 
     def _positions(self) -> Array:
         """What is added to the tokens, (L, R): nothing to those that the table has no row for."""
@@ -104,26 +107,26 @@ class ViT(nnx.Module):
         before = config.position_rows - config.patches
         return jnp.concatenate([table[:before], jnp.zeros((missing, table.shape[1]), table.dtype), table[before:]])
 
-    def _pooled(self, x: Array, batch: int) -> list[Array]:
-        """The normalised (B, R) that the readers of the final norm read, in their order; for features in (B, D)."""
+    def _pooled(self, x: Array) -> list[Array]:
+        """The normalised (B, R) that the readers of the final norm read, in their order; for features in (B, D).
+
+        x is (B, L or more, R): what attention does not see counts for nothing here either.
+        """
         config = self.config
+        first, patches = x[:, 0], x[:, config.tokens - config.patches : config.tokens]
 
         def norm(x: Array) -> Array:
             if config.final_readers:
                 return self.norm(x)
             return variant(config).norm_in_pre_ln(x, *self.norm.leaves(), eps=config.eps)
 
-        def mean(n: Array) -> Array:
-            return n[:, -config.patches :].mean(axis=1)
-
         if config.norm_after_pool:
-            return [norm(mean(x.reshape(batch, config.tokens, -1)))]
-        n = norm(x).reshape(batch, config.tokens, -1)
+            return [norm(patches.mean(axis=1))]
         if config.pool == "cls_and_mean":
-            return [n[:, 0], mean(n)]
+            return [norm(first), norm(patches).mean(axis=1)]
         if config.distilled == "head":
-            return [n[:, 0], n[:, 1]]
-        return [n[:, 0] if config.pool == "cls" else mean(n)]
+            return [norm(first), norm(x[:, 1])]
+        return [norm(first) if config.pool == "cls" else norm(patches).mean(axis=1)]
 
     def _head(self, pooled: list[Array]) -> Array:
         config = self.config
