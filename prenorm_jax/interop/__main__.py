@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -32,8 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.arguments(of_command)
         of_command.set_defaults(run=command.run)
     chosen = parser.parse_args(argv)
+    # A run that is told to stop takes what it has half written with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         status: int = chosen.run(chosen)
+    except KeyboardInterrupt:
+        print("prenorm: interrupted; nothing was written", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (FormatError, LayoutError, RefusedError, OSError) as error:
         print(f"prenorm: {error}", file=sys.stderr)
         return 2

@@ -11,15 +11,16 @@ def card(plan: Plan, fold: bool) -> str:
     lines = [
         "## Pre-RMSNorm",
         "",
-        f"The weights of this {plan.model_type} model were recentered by [prenorm_jax](https://pypi.org/project/prenorm-jax/) "
-        "(arXiv 2305.14858): what writes to its main branch (the residual stream) has zero mean along its features. It is the same function "
-        "as before when it runs with LayerNorm, in the code that it was made for, and the same function again when RMSNorm (the same eps, "
-        f"weight and bias) takes the place of {len(converted)} of its {len(plan.norms)} LayerNorms. `prenorm.json` lists them.",
+        f"The weights of this {plan.model_type} model were recentered by prenorm_jax (arXiv 2305.14858): what writes to its main branch "
+        "(the residual stream) has zero mean along its features. It is the same function as before when it runs with LayerNorm, in the "
+        "code that it was made for, and the same function again when RMSNorm, with the same eps, weight and bias, takes the place of "
+        f"{len(converted)} of its {len(plan.norms)} LayerNorms. `prenorm.json` lists them.",
         "",
     ]
     if fold:
         lines += [
-            "The norms' weights and biases were folded into the linear maps behind them, where those have room for them.",
+            "The norms' weights and biases were folded into the linear maps behind them, where those have room for them; what such a norm "
+            "returns (the last of hidden_states among it) is without them.",
             "",
         ]
     for reason, count in Counter(norm["reason"] for norm in plan.norms.values() if norm["reason"]).items():

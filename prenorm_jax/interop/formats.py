@@ -10,13 +10,16 @@
 Nothing is ever unpickled: torch files go through `weights_only=True`, npz files through `allow_pickle=False`.
 """
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import importlib
 import pathlib
+import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -221,35 +224,28 @@ def _npy_header(file: Any, name: str, path: pathlib.Path) -> tuple[tuple[int, ..
     return tuple(shape), fortran, dtype
 
 
-class _broken_zip_is_format_error:
-    """What zipfile raises for a corrupt file is many things."""
-
-    def __init__(self, path: pathlib.Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        broken = (
-            zipfile.BadZipFile,
-            zlib.error,
-            EOFError,
-            NotImplementedError,
-            RuntimeError,
-            OverflowError,
-            UnicodeError,
-        )
-        if (
-            error is not None
-            and isinstance(error, (*broken, ValueError, OSError))
-            and not isinstance(error, FormatError)
-        ):
-            if isinstance(error, OSError) and error.errno is not None:
-                return
-            raise FormatError(
-                f"{self._path}: not readable as a zip file ({str(error)[:120]}); truncated or corrupt"
-            ) from None
+@contextlib.contextmanager
+def _broken_zip_is_format_error(path: pathlib.Path) -> Iterator[None]:
+    """What zipfile raises for a corrupt file is many things; EINVAL is a seek to where no file can be."""
+    try:
+        yield
+    except FormatError:
+        raise
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):
+            raise
+        raise FormatError(f"{path}: not readable as a zip file ({error}); truncated or corrupt") from None
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        OverflowError,
+        ValueError,
+        struct.error,
+    ) as error:
+        raise FormatError(f"{path}: not readable as a zip file ({str(error)[:120]}); truncated or corrupt") from None
 
 
 def _sharded(one: Callable[[pathlib.Path], Contents], index: pathlib.Path) -> Contents:

@@ -6,13 +6,13 @@ LayerScale, is a buffer, or is known to be beside all main branches. What the na
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from prenorm_jax.interop.catalogue import ARCHITECTURES, BUFFERS, MAY_LACK, REFUSED, Architecture, Stream
+from prenorm_jax.interop.architectures import ARCHITECTURES, BUFFERS, MAY_LACK, REFUSED, Architecture, Stream
 from prenorm_jax.interop.formats import Checkpoint
 from prenorm_jax.interop.tensors import Tensor, is_float
 from prenorm_jax.main_branch import LayoutError, MainBranch, Norm, Reader, Resolved, Writer
@@ -87,6 +87,7 @@ def make_plan(checkpoint: Checkpoint, *, fold: bool = False, keep_tied: bool = F
     if config is None:
         raise RefusedError(f"{file}: is missing; what a checkpoint's tensors are can't be told from their names alone")
     model_type, architecture = _architecture(config, file)
+    _check_types(config, architecture, file)
     tensors = _canonical(checkpoint.tensors, architecture)
     head_is_table = _tied(config, tensors, architecture, file)
     if head_is_table and architecture.head in tensors:
@@ -98,9 +99,7 @@ def make_plan(checkpoint: Checkpoint, *, fold: bool = False, keep_tied: bool = F
     loose = head_is_table and keep_tied and architecture.untie
     found = {}
     for name, stream in architecture.streams.items():
-        branch, starts = _fitted(
-            stream, tensors, str(architecture.table) if loose else None, head_is_table and not untied
-        )
+        branch, starts = _fitted(stream, tensors, str(architecture.table) if loose else None, _is_base(config))
         if branch.writers:
             found[name] = dataclasses.replace(stream, branch=branch, starts=starts)
     resolved = _resolved(found, tensors, architecture, config, model_type, file)
@@ -143,6 +142,32 @@ def _architecture(config: Mapping[str, Any], file: pathlib.Path) -> tuple[str, A
     return model_type, architecture
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _check_types(config: Mapping[str, Any], architecture: Architecture, file: pathlib.Path) -> None:
+    """What is read of config.json is what it should be, where it is there."""
+    expected: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "architectures": (
+            "a list of names",
+            lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value),
+        ),
+        "tie_word_embeddings": ("true or false", lambda value: isinstance(value, bool)),
+        "vocab_size": ("a positive integer", _is_size),
+    }
+    for stream in architecture.streams.values():
+        expected |= dict.fromkeys(
+            filter(None, (stream.width, stream.layers, stream.readers_layers)), ("a positive integer", _is_size)
+        )
+        if isinstance(stream.eps, str):
+            expected[stream.eps] = ("a number above 0", lambda value: isinstance(value, int | float) and 0 < value < 1)
+    for key, (words, holds) in expected.items():
+        value = _of(config, key)
+        if value is not None and not holds(value):
+            raise RefusedError(f"{file}: {key} is {str(value)[:80]!r}; expected {words}")
+
+
 def _canonical(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """The tensors under the names of the model with its head: a base model's lack the beginning."""
     base = architecture.base if not any(name.startswith(architecture.base) for name in tensors) else ""
@@ -157,6 +182,12 @@ def _canonical(tensors: Mapping[str, Tensor], architecture: Architecture) -> dic
 def _has_head(config: Mapping[str, Any]) -> bool:
     classes = config.get("architectures") or ["LMHeadModel"]
     return any(str(name).endswith(WITH_HEAD) for name in classes)
+
+
+def _is_base(config: Mapping[str, Any]) -> bool:
+    """Whether what the last norm returns is an output of the model."""
+    classes = config.get("architectures") or ["Model"]
+    return all(str(name).endswith("Model") and not str(name).endswith(WITH_HEAD) for name in classes)
 
 
 def _tied(
@@ -187,7 +218,7 @@ def _bits(value: np.ndarray) -> np.ndarray:
 
 
 def _fitted(
-    stream: Stream, tensors: Mapping[str, Tensor], tied_table: str | None, tied: bool
+    stream: Stream, tensors: Mapping[str, Tensor], tied_table: str | None, base: bool
 ) -> tuple[MainBranch, str | None]:
     """The layout without the rules that this checkpoint has no leaf for, and why what starts the main branch is to be recentered."""
 
@@ -213,11 +244,14 @@ def _fitted(
             for reader in norm.readers
             if kept(reader.kernel)
         ]
-        if not readers and not there(norm.scale) and norm.scale and MAY_LACK.search(norm.scale):
+        if not there(norm.scale) and norm.scale and MAY_LACK.search(norm.scale):
             continue
+        last = norm.scale is not None and "{" not in norm.scale
         keep = norm.keep
-        if not readers and keep is None:
-            keep = "its reader is the tied embedding table" if tied else "its output is the model's"
+        if keep is None and not readers:
+            keep = "its reader is the tied embedding table, or its output the model's"
+        elif keep is None and last and base:
+            keep = "its output is the model's"
         norms.append(dataclasses.replace(norm, readers=readers, keep=keep))
     return dataclasses.replace(stream.branch, writers=writers, norms=norms), starts
 
@@ -255,10 +289,11 @@ def _resolved(
         _check_layers(stream, tensors, config, file)
         resolved[key] = stream.branch.resolve({name: _shape(tensors[name]) for name in own})
         width = _of(config, stream.width)
+        leaf = resolved[key].writers[0][0]
         if width is not None and resolved[key].lanes != width:
             raise RefusedError(
-                f"{file}: {stream.width} is {width}; the tensors have a main branch of {resolved[key].lanes} ({resolved[key].writers[0][0]} is "
-                f"{tensors[resolved[key].writers[0][0]].shape}); the two belong to different checkpoints"
+                f"{file}: {stream.width} is {width}; the tensors have a main branch of {resolved[key].lanes} ({leaf} is "
+                f"{tensors[leaf].shape}); the two belong to different checkpoints"
             )
     for name, tensor in tensors.items():
         if name not in covered:
@@ -308,7 +343,7 @@ def _check_vocabulary(
 ) -> None:
     size = config.get("vocab_size")
     for name in (architecture.table, architecture.head):
-        if name in tensors and isinstance(size, int) and tensors[name].shape[:1] != (size,):
+        if name is not None and name in tensors and isinstance(size, int) and tensors[name].shape[:1] != (size,):
             raise RefusedError(
                 f"{file}: vocab_size is {size}; {name} is {tensors[name].shape}; the two belong to different checkpoints"
             )
@@ -324,6 +359,10 @@ def _norms(
         eps = _eps(stream, config)
         for norm in resolved[key].norms:
             module = norm.name.rpartition(".")[0]
+            if norm.bare and norm.name not in stream.lacking and config.get("layer_norm_elementwise_affine", True):
+                raise RefusedError(
+                    f"{norm.name}: is missing, and {norm.readers[0].kernel} is there; the checkpoint is not whole"
+                )
             if norm.name not in stream.lacking:
                 reason = stream.kept.get(module)
                 norms[module] = {"converted": reason is None, "reason": reason, "eps": eps}

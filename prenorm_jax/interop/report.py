@@ -3,9 +3,10 @@
 import contextlib
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -29,33 +30,26 @@ def progress(total: int) -> Iterator[Callable[[str, int], None]]:
 
 def print_conversion(path: pathlib.Path, plan: Plan) -> None:
     """What was done to a checkpoint."""
-    console = Console(soft_wrap=True)
+    converted = sum(norm["converted"] for norm in plan.norms.values())
+    reasons = Counter(norm["reason"] for norm in plan.norms.values() if norm["reason"])
     rows = [
-        ("LayerNorms that RMSNorm may replace", f"{_converted(plan)} of {len(plan.norms)}"),
-        *((f"  {count} stay", reason) for reason, count in _reasons(plan).items()),
+        ("LayerNorms that RMSNorm may replace", f"{converted} of {len(plan.norms)}"),
+        *((f"  {count} stay{'s' * (count == 1)}", reason) for reason, count in reasons.items()),
         ("tensors recentered", f"{len(plan.recenters)} of {len(plan.tensors)}"),
         ("readers that took a norm's weight and bias", str(len(plan.folds))),
-        *(
-            (f"input of {module}", f"to be recentered with RMSNorm: {reason}")
-            for module, reason in plan.recentered.items()
-        ),
+        *((f"input of {module}", f"recenter it with RMSNorm: {reason}") for module, reason in plan.recentered.items()),
     ]
     if plan.untied:
-        rows.append((f"{plan.untied[0]}", f"untied from {plan.untied[1]}"))
-    console.print(table(f"{path}: {plan.model_type}, pre_rmsnorm", rows))
+        rows.append((plan.untied[0], f"untied from {plan.untied[1]}"))
+    show(f"{path}: {plan.model_type}, pre_rmsnorm", rows)
 
 
-def table(title: str, rows: list[tuple[str, str]]) -> Table:
-    """Two columns under a title."""
-    made = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+def show(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Two columns under a title, on the output stream."""
+    made = Table(title=escape(title), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     for row in rows:
-        made.add_row(*row)
-    return made
-
-
-def _converted(plan: Plan) -> int:
-    return sum(norm["converted"] for norm in plan.norms.values())
-
-
-def _reasons(plan: Plan) -> Counter[str]:
-    return Counter(norm["reason"] for norm in plan.norms.values() if norm["reason"])
+        made.add_row(*map(escape, row))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    console.print(made)

@@ -11,7 +11,8 @@ import math
 import os
 import pathlib
 import struct
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import ml_dtypes
@@ -80,7 +81,7 @@ def json_object(text: bytes, path: pathlib.Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
             raise FormatError(f"{path}: {twice[:80]!r} occurs twice in it; expected every name once")
         return found
 
@@ -180,7 +181,7 @@ class Writer:
         self._start = 8 + len(text)
         self._file: BinaryIO = path.open("xb")
         self._file.write(struct.pack("<Q", len(text)) + text)
-        if end:
+        if end and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self._file.fileno(), 0, self._start + end)  # a full disk is found out now
 
     def write(self, name: str, value: np.ndarray) -> None:
@@ -202,8 +203,3 @@ class Writer:
                     raise ValueError(f"never written: {', '.join(self._offsets)}")
                 self._file.flush()
                 os.fsync(self._file.fileno())
-
-
-def names(dtypes: Iterable[np.dtype]) -> list[str]:
-    """What the format calls these dtypes. Raises: KeyError for one that it does not know."""
-    return [_NAMES[dtype] for dtype in dtypes]

@@ -37,9 +37,9 @@ def converted(plan: Plan, dtype: np.dtype | None, pool: Executor) -> Iterator[tu
         if name in plan.constants:
             yield name, np.full(tensor.shape, plan.constants[name]).astype(target)
         elif name in plan.folds and name in plan.recenters:
-            yield from _reader_and_writer(plan, name, target)
+            yield from _reader_and_writer(plan, name, dtype)
         elif name in plan.folds:
-            yield from _reader(plan, name, target, pool)
+            yield from _reader(plan, name, dtype, pool)
         elif name in plan.recenters:
             yield (
                 name,
@@ -54,45 +54,46 @@ def target_dtype(tensor: Tensor, dtype: np.dtype | None) -> np.dtype:
     return dtype if dtype is not None and is_float(tensor.dtype) else tensor.dtype
 
 
-def _wide(plan: Plan, name: str | None) -> np.ndarray | None:
-    """A small leaf, in float64."""
-    if name is None:
-        return None
-    tensor = plan.tensors[name]
+def _wide(tensor: Tensor) -> np.ndarray:
+    """A small tensor, in float64."""
     return _checked(tensor.read().astype(np.float64), tensor)
 
 
+def _beside(plan: Plan, fold: Fold) -> tuple[np.ndarray | None, ...]:
+    """What a fold takes beside the kernel: its bias, gamma and beta."""
+    return tuple(None if leaf is None else _wide(plan.tensors[leaf]) for leaf in (fold.bias, fold.gamma, fold.beta))
+
+
 def _fold(
-    kernel: np.ndarray, bias: np.ndarray | None, fold: Fold, gamma: np.ndarray | None, beta: np.ndarray | None
-) -> dict:
+    fold: Fold, kernel: np.ndarray, bias: np.ndarray | None, gamma: np.ndarray | None, beta: np.ndarray | None
+) -> dict[str, np.ndarray]:
     rule = Norm([Reader("kernel", fold.axis, bias="bias" if bias is not None else None)], scale="gamma", bias="beta")
     leaves = {"kernel": kernel, "bias": bias, "gamma": gamma, "beta": beta}
     present = {name: leaf for name, leaf in leaves.items() if leaf is not None}
-    result: dict = fold_affine(present, MainBranch([], [rule]))
+    result: dict[str, np.ndarray] = fold_affine(present, MainBranch([], [rule]))
     return result
 
 
-def _reader(plan: Plan, name: str, target: np.ndarray | np.dtype, pool: Executor) -> Iterator[tuple[str, np.ndarray]]:
+def _reader(plan: Plan, name: str, dtype: np.dtype | None, pool: Executor) -> Iterator[tuple[str, np.ndarray]]:
     """A reader with its norm's affine folded in, and its bias."""
     fold, tensor = plan.folds[name], plan.tensors[name]
-    gamma, beta, bias = (_wide(plan, leaf) for leaf in (fold.gamma, fold.beta, fold.bias))
+    bias, gamma, beta = _beside(plan, fold)
     new_bias = None if bias is None else bias.copy()
 
     def change(kernel: np.ndarray, rows: slice) -> np.ndarray:
-        result = _fold(kernel, None if bias is None else bias[rows], fold, gamma, beta)
+        result = _fold(fold, kernel, None if bias is None else bias[rows], gamma, beta)
         if new_bias is not None:
             new_bias[rows] = result["bias"]
         changed: np.ndarray = result["kernel"]
         return changed
 
-    yield name, _blockwise(tensor, fold.axis, change, target, pool)
+    yield name, _blockwise(tensor, fold.axis, change, target_dtype(tensor, dtype), pool)
     if new_bias is not None and fold.bias is not None:
-        bias_tensor = plan.tensors[fold.bias]
-        yield fold.bias, _narrow(new_bias, target if target is not tensor.dtype else bias_tensor.dtype, bias_tensor)
+        yield fold.bias, _stored(new_bias, plan.tensors[fold.bias], dtype)
 
 
 def _recentering(plan: Plan, step: Recenter) -> Change:
-    scale = _wide(plan, step.scale)
+    scale = None if step.scale is None else _wide(plan.tensors[step.scale])
     rule = MainBranch([Writer("leaf", step.axis, scale=None if scale is None else "scale")], [])
 
     def change(leaf: np.ndarray, _: slice) -> np.ndarray:
@@ -103,23 +104,15 @@ def _recentering(plan: Plan, step: Recenter) -> Change:
     return change
 
 
-def _reader_and_writer(plan: Plan, name: str, target: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+def _reader_and_writer(plan: Plan, name: str, dtype: np.dtype | None) -> Iterator[tuple[str, np.ndarray]]:
     """A linear map from one main branch straight to another; whole, so that there is one rounding."""
     fold = plan.folds[name]
-    tree = _fold(
-        _wide(plan, name),
-        *(_wide(plan, leaf) for leaf in (fold.bias,)),
-        fold,
-        _wide(plan, fold.gamma),
-        _wide(plan, fold.beta),
-    )
-    for leaf, value in ((name, tree["kernel"]), (fold.bias, tree.get("bias"))):
-        if leaf is not None:
+    tree = _fold(fold, _wide(plan.tensors[name]), *_beside(plan, fold))
+    for leaf, value in zip((name, fold.bias), (tree["kernel"], tree.get("bias")), strict=True):
+        if leaf is not None and value is not None:
             step = plan.recenters.get(leaf)
-            yield (
-                leaf,
-                _narrow(_recentering(plan, step)(value, slice(None)) if step else value, target, plan.tensors[leaf]),
-            )
+            value = _recentering(plan, step)(value, slice(None)) if step else value
+            yield leaf, _stored(value, plan.tensors[leaf], dtype)
 
 
 def _blockwise(tensor: Tensor, axis: int, change: Change, target: np.dtype, pool: Executor) -> np.ndarray:
@@ -169,11 +162,15 @@ def _checked(value: np.ndarray, tensor: Tensor) -> np.ndarray:
     return value
 
 
+def _stored(value: np.ndarray, tensor: Tensor, dtype: np.dtype | None) -> np.ndarray:
+    return _narrow(value, target_dtype(tensor, dtype), tensor)
+
+
 def _narrow(value: np.ndarray, target: np.dtype, tensor: Tensor) -> np.ndarray:
     with np.errstate(over="ignore"):
         narrow: np.ndarray = rounded(value, target)
     if not np.isfinite(narrow).all():
         raise RefusedError(
-            f"{tensor.file}: tensor {tensor.name} does not fit into {target} (it reaches {np.abs(value).max():.2e}); take bfloat16 or float32"
+            f"{tensor.file}: tensor {tensor.name} reaches {np.abs(value).max():.2e}, more than {target} holds; take bfloat16 or float32"
         )
     return narrow

@@ -290,22 +290,21 @@ def _dinov2(name: str) -> MainBranch:
 
 HF_DINOV2 = _dinov2("dinov2")
 HF_DINOV2_REGISTERS = _dinov2("dinov2_with_registers")
-_BEIT = "beit.encoder.layer.{i}"
-HF_BEIT = _branch(
-    _patches("beit.embeddings", "patch_embeddings.projection", "position_embeddings", "cls_token", "mask_token"),
-    [
-        (f"{_BEIT}.attention.output.dense", f"{_BEIT}.lambda_1"),
-        (f"{_BEIT}.output.dense", f"{_BEIT}.lambda_2"),
-    ],
-    {
-        **{f"{_BEIT}.{norm}": _blocks(_BEIT, paths) for norm, paths in _VIT_READ.items()},
-        "beit.pooler.layernorm": ["classifier"],
-        "beit.layernorm": [],
-        "layernorm": ["lm_head"],
-    },
-    keep="read as it is",
-)
-"""BEiT: behind the mean over its patches, or behind its last block, stands one norm."""
+
+
+def _beit(last: Reads) -> MainBranch:
+    layer = "beit.encoder.layer.{i}"
+    tables = ("position_embeddings", "cls_token", "mask_token")
+    return _branch(
+        _patches("beit.embeddings", "patch_embeddings.projection", *tables),
+        [(f"{layer}.attention.output.dense", f"{layer}.lambda_1"), (f"{layer}.output.dense", f"{layer}.lambda_2")],
+        {**{f"{layer}.{norm}": _blocks(layer, paths) for norm, paths in _VIT_READ.items()}, **last},
+    )
+
+
+HF_BEIT = _beit({"beit.pooler.layernorm": ["classifier"], "layernorm": ["lm_head"]})
+"""BEiT whose last norm stands behind the mean over its patches."""
+HF_BEIT_CLASS_TOKEN = _beit({"beit.layernorm": ["classifier"]})
 
 
 def _tower(name: str, tables: Tables, final: tuple[str, Sequence[str]], keep: str = "") -> MainBranch:

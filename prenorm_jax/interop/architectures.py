@@ -15,6 +15,7 @@ from prenorm_jax.layouts import torch
 from prenorm_jax.main_branch import MainBranch
 
 Config = Mapping[str, Any]
+Keys = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ MAY_LACK = re.compile(
     r"^(lm_head|score|embed_out|proj_out|classifier|cls_classifier|distillation_classifier|text_projection|visual_projection)\."
     r"|\.(crossattention|ln_cross_attn|encoder_attn|encoder_attn_layer_norm|pooler)\."
     r"|_embeddings$|(mask|register|distillation)_tokens?$"
-    r"|^dinov2.*\.mlp\.|^decoder\.|^head\.dense|^(beit\.|beit\.pooler\.)?layernorm\.|lambda_[12]$"
+    r"|^dinov2.*\.mlp\.|^decoder\.|^head\.dense|^(beit\.pooler\.)?layernorm\.|lambda_[12]$"
 )
 """The rules of a layout that a checkpoint may lack altogether, because it has no such head, token or layer."""
 
@@ -110,10 +111,10 @@ REFUSED = {**dict.fromkeys(_POST_LN_MODELS.split(), POST_LN), **dict.fromkeys(_R
 """model_type -> why it is refused."""
 
 _EMBEDDING_NORM = "normalises the embedding before the main branch starts"
-_GPT = {"width": "n_embd", "layers": "n_layer", "eps": "layer_norm_epsilon"}
-_PLAIN = {"width": "hidden_size", "layers": "num_hidden_layers"}
-_HEAD = {"table": "transformer.wte.weight", "head": "lm_head.weight"}
-_MODEL_HEAD = {"base": "model.", "table": "model.embed_tokens.weight", "head": "lm_head.weight"}
+_GPT: Keys = {"width": "n_embd", "layers": "n_layer", "eps": "layer_norm_epsilon"}
+_PLAIN: Keys = {"width": "hidden_size", "layers": "num_hidden_layers"}
+_HEAD: Keys = {"table": "transformer.wte.weight", "head": "lm_head.weight"}
+_MODEL_HEAD: Keys = {"base": "model.", "table": "model.embed_tokens.weight", "head": "lm_head.weight"}
 
 
 def _gpt(branch: MainBranch, tied: bool, beside: tuple[str, ...] = (), **keys: str) -> Architecture:
@@ -158,7 +159,7 @@ def _falcon(config: Config) -> Architecture:
 
 
 def _bloom(config: Config) -> Architecture:
-    keys = {
+    keys: Keys = {
         "width": "hidden_size" if "hidden_size" in config else "n_embed",
         "layers": "n_layer",
         "eps": "layer_norm_epsilon",
@@ -186,6 +187,13 @@ def _stablelm(config: Config) -> Architecture:
 def _vit(name: str, branch: MainBranch, **more: Any) -> Architecture:
     stream = Stream(branch, f"{name}.encoder.layer.0", **_PLAIN, eps="layer_norm_eps", default_eps=1e-12)
     return Architecture({name: stream}, f"{name}.", **more)
+
+
+def _beit(config: Config) -> Architecture:
+    pooled = config.get("use_mean_pooling", True)
+    branch = torch.HF_BEIT if pooled else torch.HF_BEIT_CLASS_TOKEN
+    raw = ("hidden_states", "last_hidden_state") if pooled else ("hidden_states",)
+    return _vit("beit", branch, beside=("**relative_position_bias_table",), raw=raw)
 
 
 def _vit_mae() -> Architecture:
@@ -265,7 +273,7 @@ _MODERNBERT = Architecture(
 )
 
 
-def _tower_keys(prefix: str, eps: float) -> dict[str, Any]:
+def _tower_keys(prefix: str, eps: float) -> Keys:
     keys = {"width": "hidden_size", "layers": "num_hidden_layers", "eps": "layer_norm_eps"}
     return {**{name: f"{prefix}{key}" for name, key in keys.items()}, "default_eps": eps}
 
@@ -323,12 +331,7 @@ ARCHITECTURES: dict[str, Architecture | Callable[[Config], Architecture]] = {
     "vit_mae": _vit_mae(),
     "dinov2": _dinov2("dinov2", torch.HF_DINOV2),
     "dinov2_with_registers": _dinov2("dinov2_with_registers", torch.HF_DINOV2_REGISTERS),
-    "beit": _vit(
-        "beit",
-        torch.HF_BEIT,
-        beside=("**relative_position_bias_table",),
-        raw=("hidden_states", "last_hidden_state where use_mean_pooling"),
-    ),
+    "beit": _beit,
     "clip": Architecture(_clip_streams("text_config.", "vision_config."), beside=("logit_scale",), raw=_CLIP_RAW),
     "clip_text_model": Architecture(_clip_streams("", None)),
     "clip_vision_model": Architecture(_clip_streams(None, ""), raw=_CLIP_RAW),
