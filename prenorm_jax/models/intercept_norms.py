@@ -104,8 +104,8 @@ class _Interceptor:
                 continue
             if getattr(module, "use_bias", True):
                 raise LayoutError(
-                    f"{where}/{name}: the reader gains this bias, and a {type(module).__name__} has no place for it; keep the norm's affine "
-                    "(Reader without bias, or Norm(keep=...)), or give it a bias"
+                    f"{where}/{name}: the reader gains this bias, and a {type(module).__name__} has no place for it; keep the norm's "
+                    "affine (Reader without bias, or Norm(keep=...)), or give it a bias"
                 )
             y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return y

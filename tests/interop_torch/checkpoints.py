@@ -55,11 +55,11 @@ class Case:
 
 
 def inputs(case, seed=0, size=8):
-    """Images (B, C, H, W) float64, or tokens (B, L)."""
+    """Images (B, C, H, W), float64 that float32 holds exactly, or tokens (B, L)."""
     rng = np.random.default_rng(seed)
     if case.tokens:
-        return rng.integers(VOCABULARY, size=(3, CONTEXT))
-    return rng.normal(size=(3, 3, size, size))
+        return rng.integers(VOCABULARY, size=(16, CONTEXT))
+    return rng.normal(size=(16, 3, size, size)).astype(np.float32).astype(np.float64)
 
 
 def perturbed(case, seed=0):
@@ -246,8 +246,15 @@ CASES = {
     "timm, dinov2": Case(
         "timm_vit", _timm("vit_small_patch14_reg4_dinov2", patch_size=4, qkv_bias=False), _save_timm, _plain
     ),
+    "timm, pooled": Case("timm_vit", _timm("vit_base_patch16_gap_224", patch_size=4), _save_timm, _plain),
     "timm, pooled first": Case(
-        "timm_vit_pooled_first", _timm("vit_base_patch16_gap_224", patch_size=4), _save_timm, _plain
+        "timm_vit_pooled_first", _timm("vit_tiny_patch16_224", patch_size=4, global_pool="avg"), _save_timm, _plain
+    ),
+    "timm, pooled first, no class token": Case(
+        "timm_vit_pooled_first",
+        _timm("vit_base_patch16_gap_224", patch_size=4, fc_norm=True),
+        _save_timm,
+        _plain,
     ),
     "timm, deit": Case("timm_vit", _timm("deit_tiny_distilled_patch16_224", patch_size=4), _save_timm, _plain),
     "timm, features": Case(
