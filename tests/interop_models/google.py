@@ -1,4 +1,4 @@
-"""The ViTs of big_vision and vision_transformer in Linen, with their modules' names and functions, small; written from their description."""
+"""The ViTs of big_vision and vision_transformer in Linen, small, with their modules' names and functions; written from a description."""
 
 import functools
 
