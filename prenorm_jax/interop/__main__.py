@@ -33,8 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.arguments(of_command)
         of_command.set_defaults(run=command.run)
     chosen = parser.parse_args(argv)
-    # A run that is told to stop takes what it has half written with it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _stop)
     try:
         status: int = chosen.run(chosen)
     except KeyboardInterrupt:
@@ -44,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"prenorm: {error}", file=sys.stderr)
         return 2
     return status
+
+
+def _stop(number: int, _: object) -> None:
+    """As an exception, so that what is half written is removed on the way out."""
+    print("prenorm: told to stop; nothing was written", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

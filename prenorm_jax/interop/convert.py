@@ -105,7 +105,7 @@ def write(
 
     Raises: RefusedError for a checkpoint that is converted already or holds NaN or infinity; OSError, as `destination` says.
     """
-    source = checkpoint.path
+    source = checkpoint.folder
     if (source / MANIFEST).exists():
         raise RefusedError(
             f"{source}: has a {MANIFEST}, so it is converted already; convert the checkpoint that it was made from"
@@ -118,7 +118,7 @@ def write(
             for name, value in converted(plan, dtype, pool):
                 shards[name].write(name, value)
                 advance(name, value.nbytes)
-        _carry_over(checkpoint, folder)
+        _carry_over(source, folder)
         config = dict(plan.config)
         if dtype is not None:
             config["dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"] = dtype.name
@@ -184,15 +184,15 @@ def _open_shards(
     return shards
 
 
-def _carry_over(checkpoint: Checkpoint, folder: pathlib.Path) -> None:
-    """Everything beside the weights."""
-
-    def left_behind(where: str, names: list[str]) -> set[str]:
-        weights = {name for name in names if pathlib.Path(name).suffix in WEIGHTS or name.endswith(".index.json")}
-        return weights | {name for name in names if name.startswith(".")}
-
-    if checkpoint.path.is_dir():
-        shutil.copytree(checkpoint.path, folder, ignore=left_behind, dirs_exist_ok=True)
+def _carry_over(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Everything beside the weights, with permissions of its own: a cache's files may not be written to."""
+    for file in sorted(source.rglob("*")):
+        within = file.relative_to(source)
+        hidden = any(part.startswith(".") for part in within.parts)
+        if file.is_file() and not (hidden or file.suffix in WEIGHTS or file.name.endswith(".index.json")):
+            target = folder / within
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:

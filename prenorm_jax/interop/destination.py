@@ -1,11 +1,15 @@
 """A folder that appears whole or not at all: it is written beside its name and renamed when all of it is on disk."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What the system says where there is no room: on the disk, in a quota, under a limit of a file's size."""
 
 
 @contextlib.contextmanager
@@ -33,29 +37,44 @@ def destination(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
             f"{path}: needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on that disk; nothing was written"
         )
     partial = path.with_name(f".{path.name}.partial")
-    lock = os.open(path.with_name(f".{path.name}.lock"), os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(f"{path}: another run is writing it") from None
+    with _locked(path.with_name(f".{path.name}.lock"), path):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
             yield partial
-            _sync(partial)
+            for written in (*partial.rglob("*"), partial):
+                _sync(written)
             os.rename(partial, path)
             _sync(path.parent)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise OSError(f"{path}: {error.strerror} before all was written; what had been is removed") from None
             raise
+
+
+@contextlib.contextmanager
+def _locked(file: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
+    """Nobody else is in here with the same file, which goes with whoever holds it; the system frees it where that one is killed."""
+    lock = os.open(file, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not file.exists() or not os.path.samestat(os.fstat(lock), file.stat()):  # its holder was just leaving
+                raise BlockingIOError
+        except BlockingIOError:
+            raise OSError(f"{path}: another run is writing it") from None
+        try:
+            yield
+        finally:
+            file.unlink()
     finally:
-        path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
         os.close(lock)
 
 
-def _sync(folder: pathlib.Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: pathlib.Path) -> None:
+    """A file or folder is on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from prenorm_jax.interop import safetensors
-from prenorm_jax.interop.tensors import MAX_RANK, FormatError, Tensor, checked_name
+from prenorm_jax.interop.tensors import SHAPE, FormatError, Tensor, checked_name, is_shape
 
 # What an array of a given size may look like when it is packed: more than this is no array of weights but a bomb.
 MAX_COMPRESSION = 100
@@ -52,6 +52,11 @@ class Checkpoint:
     files: tuple[pathlib.Path, ...]
     metadata: Mapping[str, Any]
     config: Mapping[str, Any] | None
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where its config.json, its tokenizer and whatever comes with it lie."""
+        return _folder(self.path)
 
     def read(self) -> dict[str, np.ndarray]:
         """All of it, in memory."""
@@ -108,8 +113,12 @@ def _in_folder(folder: pathlib.Path) -> tuple[str, pathlib.Path]:
     raise FormatError(f"{folder}: no checkpoint in it; expected one of {', '.join(IN_FOLDER)}")
 
 
+def _folder(path: pathlib.Path) -> pathlib.Path:
+    return path if path.is_dir() else path.parent
+
+
 def _config(path: pathlib.Path) -> dict[str, Any] | None:
-    file = (path if path.is_dir() else path.parent) / "config.json"
+    file = _folder(path) / "config.json"
     return safetensors.json_object(file.read_bytes(), file) if file.is_file() else None
 
 
@@ -123,9 +132,7 @@ def _torch(path: pathlib.Path) -> Contents:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever its unpickler stumbles over
-        raise FormatError(
-            f"{path}: torch can't load it with weights_only=True ({str(error).splitlines()[0][:160]})"
-        ) from None
+        raise FormatError(f"{path}: torch can't load it with weights_only=True ({_line(error)})") from None
     # Training scripts put the tensors under one of these, beside their optimizer.
     inner = [key for key in ("model", "state_dict", "model_state_dict") if _is_state(loaded, key, torch)]
     state = loaded[inner[0]] if inner else loaded
@@ -217,10 +224,8 @@ def _npy_header(file: Any, name: str, path: pathlib.Path) -> tuple[tuple[int, ..
         ) from None
     if dtype.hasobject or (dtype.kind not in "fiubc" and dtype != np.dtype("V2")):
         raise FormatError(f"{path}: {name} is of dtype {str(dtype)[:80]}; expected numbers (nothing is ever unpickled)")
-    if len(shape) > MAX_RANK or any(size < 0 for size in shape):
-        raise FormatError(
-            f"{path}: {name} has shape {str(shape)[:80]}; expected at most {MAX_RANK} sizes, none negative"
-        )
+    if not is_shape(shape, dtype.itemsize):
+        raise FormatError(f"{path}: {name} has shape {str(shape)[:80]}; expected {SHAPE}")
     return tuple(shape), fortran, dtype
 
 
@@ -295,9 +300,7 @@ def _orbax(folder: pathlib.Path) -> Contents:
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(folder).item_metadata.tree
     except Exception as error:  # a broken one fails in as many ways as it has parts
-        raise FormatError(
-            f"{folder}: Orbax can't read it ({str(error).splitlines()[0][:160] if str(error) else error!r})"
-        ) from None
+        raise FormatError(f"{folder}: Orbax can't read it ({_line(error)})") from None
     found = [_orbax_tensor(ocp, folder, tree, keys, leaf) for keys, leaf in _leaves(tree)]
     return {tensor.name: tensor for tensor in found}, (folder,), {}
 
@@ -332,7 +335,7 @@ def _orbax_tensor(ocp: Any, folder: pathlib.Path, tree: Any, keys: Keys, leaf: A
             with ocp.PyTreeCheckpointer() as checkpointer:
                 found = checkpointer.restore(folder, args=args)
         except Exception as error:
-            raise FormatError(f"{folder}: Orbax can't read {name} ({str(error)[:160]})") from None
+            raise FormatError(f"{folder}: Orbax can't read {name} ({_line(error)})") from None
         return np.array(functools.reduce(lambda inner, key: inner[key], keys, found))
 
     name = checked_name("/".join(map(str, keys)), folder)
@@ -369,6 +372,11 @@ def _library(name: str, path: pathlib.Path, what: str) -> Any:
     except ImportError:
         package = name.replace(".", "-")
         raise FormatError(f"{path}: {what} need {package}, which is not installed; pip install {package}") from None
+
+
+def _line(error: Exception) -> str:
+    """What another library said, as part of a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def _some(names: Iterable[str]) -> str:

@@ -29,7 +29,7 @@ def run(chosen: argparse.Namespace) -> int:
     from prenorm_jax.interop import report
 
     checkpoint = open_checkpoint(chosen.path)
-    written = chosen.path / MANIFEST
+    written = checkpoint.folder / MANIFEST
     manifest = safetensors.json_object(written.read_bytes(), written) if written.is_file() else None
     plan, refused = _plan(checkpoint)
     rows = [*_contents(checkpoint), *_chart(checkpoint, manifest, refused)]

@@ -83,7 +83,7 @@ def make_plan(checkpoint: Checkpoint, *, fold: bool = False, keep_tied: bool = F
     Raises: RefusedError for a model that can't be converted, and where config.json contradicts the tensors; LayoutError for tensors
       that the architecture has no place for.
     """
-    config, file = checkpoint.config, _config_file(checkpoint)
+    config, file = checkpoint.config, checkpoint.folder / "config.json"
     if config is None:
         raise RefusedError(f"{file}: is missing; what a checkpoint's tensors are can't be told from their names alone")
     model_type, architecture = _architecture(config, file)
@@ -115,10 +115,6 @@ def make_plan(checkpoint: Checkpoint, *, fold: bool = False, keep_tied: bool = F
         untied,
         {**config, "tie_word_embeddings": False} if untied else config,
     )
-
-
-def _config_file(checkpoint: Checkpoint) -> pathlib.Path:
-    return (checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent) / "config.json"
 
 
 def _architecture(config: Mapping[str, Any], file: pathlib.Path) -> tuple[str, Architecture]:
@@ -298,7 +294,8 @@ def _resolved(
     for name, tensor in tensors.items():
         if name not in covered:
             raise LayoutError(
-                f"{name} {tensor.shape}: {model_type} has no such tensor that is known, and what it reads or writes is not guessed"
+                f"{tensor.file}: {name} {tensor.shape}: {model_type} has no such tensor that is known, and what it reads or writes is "
+                "not guessed; is it of another architecture, or an adapter's to be merged first?"
             )
         if not is_float(tensor.dtype) and name not in beside:
             raise RefusedError(
@@ -332,7 +329,7 @@ def _check_layers(stream: Stream, tensors: Mapping[str, Tensor], config: Mapping
         there = {value for _, values in found for value in values.values()}
         if there != expected:
             lost = sorted(expected - there, key=int)
-            what = f"layer {lost[0]} has no" if lost else f"{sorted(there - expected)[0]} is the layer of a"
+            what = f"layer {lost[0]} has no" if lost else f"the tensors have a layer {sorted(there - expected)[0]},"
             raise RefusedError(
                 f"{file}: {key} is {depth}; {what} {pattern}; a file is missing, or the two belong to different checkpoints"
             )

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from prenorm_jax.interop.tensors import MAX_RANK, FormatError, Tensor, checked_name
+from prenorm_jax.interop.tensors import SHAPE, FormatError, Tensor, checked_name, is_shape
 
 MAX_HEADER = 100_000_000  # the limit of the format's own library
 METADATA = "__metadata__"
@@ -103,22 +103,18 @@ def _checked(name: str, entry: Any, path: pathlib.Path) -> tuple[np.dtype, tuple
         raise FormatError(f"{where}: its entry does not hold dtype, shape and data_offsets; the header is corrupt")
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise FormatError(f"{where}: dtype {str(entry['dtype'])[:40]!r}; expected one of {', '.join(DTYPES)}")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _naturals(shape) or len(shape) > MAX_RANK:
-        raise FormatError(f"{where}: shape {str(shape)[:80]}; expected at most {MAX_RANK} sizes, none negative")
-    if not _naturals(offsets) or len(offsets) != 2:
+    dtype, shape, offsets = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    if not is_shape(shape, dtype.itemsize):
+        raise FormatError(f"{where}: shape {str(shape)[:80]}; expected {SHAPE}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_shape([offset], 1) for offset in offsets):
         raise FormatError(f"{where}: data_offsets {str(offsets)[:80]}; expected [begin, end]")
-    dtype, (begin, end) = DTYPES[entry["dtype"]], offsets
+    begin, end = offsets
     expected = math.prod(shape) * dtype.itemsize
     if end - begin != expected:
         raise FormatError(
             f"{where}: {end - begin} bytes for shape {tuple(shape)} of {entry['dtype']}; expected {str(expected)[:20]}"
         )
     return dtype, tuple(shape), (begin, end)
-
-
-def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
 def _check_tiling(offsets: Mapping[str, tuple[int, int]], size: int, path: pathlib.Path) -> None:

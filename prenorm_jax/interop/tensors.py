@@ -5,6 +5,7 @@ import math
 import pathlib
 import re
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -43,6 +44,19 @@ class Tensor:
     def nbytes(self) -> int:
         """Its size in the file."""
         return self.size * self.dtype.itemsize
+
+
+def is_shape(sizes: Any, itemsize: int) -> bool:
+    """Whether numpy has arrays of these sizes: integers, and neither too many nor too large (an empty one counts as if it were not)."""
+    return (
+        isinstance(sizes, list | tuple)
+        and len(sizes) <= MAX_RANK
+        and all(type(size) is int and size >= 0 for size in sizes)
+        and math.prod(size or 1 for size in sizes) * itemsize < 1 << 63
+    )
+
+
+SHAPE = f"at most {MAX_RANK} sizes, none negative, and what they make up to be addressable"
 
 
 def is_float(dtype: np.dtype) -> bool:

@@ -4,11 +4,12 @@ A file is read whole or refused with FormatError (a checkpoint is planned or ref
 more memory than its size (and what a small one takes anyhow). What is accepted as safetensors, the format's own library accepts, too,
 and reads the same.
 
-    python tests/interop/fuzz.py --inputs=100000 --json=results/fuzz.json       random mutations of valid files
-    python tests/interop/fuzz.py --atheris --inputs=100000                      guided by coverage (pip install atheris)
+    PYTHONPATH=. python tests/interop/fuzz.py --inputs=100000 --json=results/interop/fuzz.json       random mutations of valid files
+    PYTHONPATH=. python tests/interop/fuzz.py --atheris --inputs=100000                      guided by coverage (pip install atheris)
 """
 
 import argparse
+import contextlib
 import io
 import json
 import pathlib
@@ -25,10 +26,17 @@ from collections.abc import Callable
 import numpy as np
 from safetensors import safe_open
 
-from prenorm_jax.interop.formats import open_checkpoint
-from prenorm_jax.interop.plan import RefusedError, make_plan
-from prenorm_jax.interop.tensors import FormatError
-from prenorm_jax.main_branch import LayoutError
+if "--atheris" in sys.argv:
+    import atheris
+
+    watched = atheris.instrument_imports(include=["prenorm_jax"])
+else:
+    watched = contextlib.nullcontext()
+with watched:
+    from prenorm_jax.interop.formats import open_checkpoint
+    from prenorm_jax.interop.plan import RefusedError, make_plan
+    from prenorm_jax.interop.tensors import FormatError
+    from prenorm_jax.main_branch import LayoutError
 
 SECONDS = 1.0
 BASELINE = 1 << 20  # what JSON, zipfile and a plan take for a file of a few hundred bytes
@@ -136,6 +144,7 @@ NPY_HEADERS = [
     "{'descr': '<U100000000', 'fortran_order': False, 'shape': (1,), }",
     "{'descr': '|V2', 'fortran_order': False, 'shape': (3,), }",
     "{'descr': '<f4', 'fortran_order': 3, 'shape': 7, }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (9223372036854775807, 2, 0), }",
     "__import__('os').abort()",
     "((((((((((" * 200,
 ]
@@ -211,6 +220,22 @@ class Room:
     def check(self, kind: str, data: bytes) -> bool:
         """Whether an input is accepted. Raises: AssertionError where it costs too much or is read wrongly; whatever a reader raises."""
         path = self.lay(kind, data)
+        values, seconds, peak = self._read(path, kind)
+        if seconds >= SECONDS or peak >= BASELINE + len(data):
+            # Another process had the core, or one of the interpreter's own tables grew: that does not happen twice.
+            values, seconds, peak = self._read(path, kind)
+        assert seconds < SECONDS, f"{seconds:.1f} s"
+        assert peak < BASELINE + len(data), f"{peak} bytes for a file of {len(data)}"
+        if values is not None and kind == "safetensors":
+            with safe_open(path, framework="np") as file:
+                assert set(file.keys()) == set(values)
+                for name, value in values.items():
+                    if value.dtype.itemsize > 1:  # numpy alone has no 8-bit floats for the library to give
+                        assert np.array_equal(file.get_tensor(name), value, equal_nan=value.dtype.kind in "fc"), name
+        return values is not None
+
+    def _read(self, path: pathlib.Path, kind: str) -> tuple[dict[str, np.ndarray] | None, float, int]:
+        """The tensors, or None where the file is refused; seconds; bytes."""
         tracemalloc.start()
         start = time.perf_counter()
         try:
@@ -218,20 +243,12 @@ class Room:
             values = checkpoint.read()
             if kind == "config":
                 make_plan(checkpoint)
-            accepted = True
         except (FormatError, RefusedError, LayoutError):
-            accepted = False
-        seconds, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert seconds < SECONDS, f"{seconds:.1f} s"
-        assert peak < BASELINE + len(data), f"{peak} bytes for a file of {len(data)}"
-        if accepted and kind == "safetensors":
-            with safe_open(path, framework="np") as file:
-                assert set(file.keys()) == set(values)
-                for name, value in values.items():
-                    if value.dtype.itemsize > 1:  # numpy alone has no 8-bit floats for the library to give
-                        assert np.array_equal(file.get_tensor(name), value, equal_nan=value.dtype.kind in "fc"), name
-        return accepted
+            values = None
+        finally:
+            seconds, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        return values, seconds, peak
 
 
 def run(inputs: int, seed: int, room: Room) -> dict[str, dict[str, int]]:
@@ -252,16 +269,13 @@ def run(inputs: int, seed: int, room: Room) -> dict[str, dict[str, int]]:
 
 def run_guided(inputs: int, room: Room) -> None:
     """The same, where atheris chooses the mutations by the code that they reach. Ends the process."""
-    import atheris
-
-    atheris.instrument_all()
 
     def one(data: bytes) -> None:
         chosen = atheris.FuzzedDataProvider(data)
         kind = list(KINDS)[chosen.ConsumeIntInRange(0, len(KINDS) - 1)]
         room.check(kind, KINDS[kind](lambda below: chosen.ConsumeIntInRange(0, below - 1)))
 
-    atheris.Setup([sys.argv[0], f"-runs={inputs}", "-timeout=5", "-rss_limit_mb=2048", "-max_len=512"], one)
+    atheris.Setup([sys.argv[0], f"-runs={inputs}", "-timeout=5", "-rss_limit_mb=2048", "-max_len=4096"], one)
     atheris.Fuzz()
 
 

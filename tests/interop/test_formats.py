@@ -47,6 +47,22 @@ def test_the_format_s_own_library_reads_what_we_write(tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
+def test_a_large_file_is_not_read_to_be_opened(tmp_path):
+    large = 5 << 30  # sparse: all but its ends is no block of the disk
+    header = {
+        "large": {"dtype": "U8", "shape": [large], "data_offsets": [0, large]},
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": [large, large + 8]},
+    }
+    with (tmp_path / "x.safetensors").open("wb") as file:
+        start = len(safetensors_file(header, b""))
+        file.write(safetensors_file(header, b""))
+        file.seek(start + large)
+        file.write(np.array([1, 2], np.float32).tobytes())
+    tensors = open_checkpoint(tmp_path / "x.safetensors").tensors
+    assert tensors["large"].nbytes == large
+    assert tensors["b"].read().tolist() == [1, 2]
+
+
 def test_every_dtype_round_trips(tmp_path):
     tensors = {name: np.ones(3).astype(dtype) for name, dtype in DTYPES.items()}
     small.write_file(tmp_path / "x.safetensors", tensors)
@@ -119,7 +135,14 @@ FAULTS = {
         "24 bytes for shape (2, 4) of F32; expected 32",
     ),
     "negative": (safetensors_file(changed("a", shape=[-2, -3]), bytes(SIZE)), "shape [-2, -3]; expected"),
-    "overflow": (safetensors_file(changed("a", shape=[2**62, 2**62]), bytes(SIZE)), "expected 8507059173023461586"),
+    "overflow": (
+        safetensors_file(changed("a", shape=[2**62, 2**62]), bytes(SIZE)),
+        "shape [4611686018427387904, 4611686018427387904]; expected",
+    ),
+    "empty but huge": (
+        safetensors_file(changed("a", shape=[2**63 - 1, 2, 0], data_offsets=[0, 0]), bytes(SIZE)),
+        "shape [9223372036854775807, 2, 0]; expected",
+    ),
     "dtype": (safetensors_file(changed("a", dtype="Q4"), bytes(SIZE)), "dtype 'Q4'; expected one of F64"),
     "fields": (safetensors_file(changed("a", more=1), bytes(SIZE)), "does not hold dtype, shape and data_offsets"),
     "metadata": (
@@ -204,6 +227,14 @@ def test_nothing_is_unpickled(tmp_path):
         )
     with pytest.raises(FormatError, match="nothing is ever unpickled"):
         open_checkpoint(tmp_path / "x.npz")
+
+
+def test_an_empty_array_has_a_shape_that_numpy_has(tmp_path):
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (9223372036854775807, 2, 0), }"
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("a.npy", b"\x93NUMPY\1\0" + bytes([len(header), 0]) + header)
+    with pytest.raises(FormatError, match=r"has shape \(9223372036854775807, 2, 0\)"):
+        open_checkpoint(tmp_path / "x.npz").read()
 
 
 def test_a_bomb_is_refused_unopened(tmp_path):

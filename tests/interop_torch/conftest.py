@@ -1,4 +1,4 @@
-"""These run in the environment of requirements-interop.txt, which has the reference libraries: `python -m pytest tests/interop_torch`."""
+"""These run in the environment of requirements-torch.txt, which has the reference libraries: `python -m pytest tests/interop_torch`."""
 
 import importlib.util
 

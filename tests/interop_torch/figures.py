@@ -1,7 +1,13 @@
-"""The errors of every architecture's conversion, against the reference library in float64."""
+"""The errors of every architecture's conversion, against the reference library in float64.
 
+PYTHONPATH=. python tests/interop_torch/figures.py --json=results/interop/architectures.json
+"""
+
+import argparse
 import json
 import pathlib
+import sys
+import tempfile
 
 import torch
 from models import MODELS, outputs, perturbed
@@ -59,3 +65,36 @@ def measure(name: str, folder: pathlib.Path, *, fold: bool) -> dict:
     figures["float32_after"] = typical(outputs(model, swapped, single), oracle)
     norms = manifest["norms"].values()
     return {**figures, "norms": len(norms), "converted": sum(norm["converted"] for norm in norms)}
+
+
+def holds(figures: dict) -> bool:
+    """Whether a conversion is the same function: with LayerNorm, with RMSNorm, and in float32, where the controls are not."""
+    same = figures["layer_norm"] < 1e-9 and figures["rms_norm"] < 1e-9
+    controls = min(figures["unconverted"], figures.get("not_recentered", 1)) > 1e-3
+    sane = 1e-9 < figures["float32_before"] < 1e-4  # float32's own error and nothing else
+    return same and controls and sane and figures["float32_after"] < 2 * figures["float32_before"]
+
+
+def main() -> None:
+    """All of them, as they are and folded; exit status 1 where one does not hold."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=pathlib.Path)
+    chosen = parser.parse_args()
+    table: dict[str, dict] = {}
+    for name in MODELS:
+        for key, fold in (("plain", False), ("folded", True)):
+            with tempfile.TemporaryDirectory() as folder:
+                figures = measure(name, pathlib.Path(folder), fold=fold)
+            table.setdefault(name, {})[key] = {**figures, "holds": holds(figures)}
+            print(name, key, json.dumps(table[name][key]), flush=True)
+    if chosen.json:
+        chosen.json.write_text(json.dumps(table, indent=2) + "\n")
+    sys.exit(not all(row["holds"] for pair in table.values() for row in pair.values()))
+
+
+if __name__ == "__main__":
+    main()

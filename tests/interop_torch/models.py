@@ -190,7 +190,10 @@ def inputs(model: Model, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {
         "tokens": lambda: {"input_ids": tokens},
         "images": lambda: {"pixel_values": normal(8, 3, 8, 8)},
-        "masked images": lambda: {"pixel_values": normal(8, 3, 8, 8), "noise": torch.rand(8, 4, generator=generator)},
+        "masked images": lambda: {
+            "pixel_values": normal(8, 3, 8, 8),
+            "noise": torch.rand(8, 4, generator=generator, dtype=torch.float64),
+        },
         "pairs": lambda: {"input_ids": tokens, "pixel_values": normal(8, 3, 8, 8)},
         "speech": lambda: {"input_features": normal(4, 4, 16), "decoder_input_ids": tokens},
     }[model.inputs]()
