@@ -128,7 +128,8 @@ def measure(name: str, folder: pathlib.Path, *, variants: bool = True) -> dict:
     imported = import_checkpoint(file, **given(name))
     assert imported.names.family.name == reference.family
     x, oracle = reference.x, reference.logits("float64")
-    figures = {"float64": largest(ours(imported, x, "float64"), oracle), "bit for bit": same_bits(imported, file)}
+    figures = {"family": imported.names.family.name, "bit for bit": same_bits(imported, file)}
+    figures["float64"] = largest(ours(imported, x, "float64"), oracle)
     if variants:
         figures |= {key: largest(ours(imported, x, "float64", **fields), oracle) for key, fields in VARIANTS.items()}
         figures["control"] = largest(control(imported, x), oracle)
