@@ -3,9 +3,9 @@
 import dataclasses
 import json
 
-import google
 import jax
 import numpy as np
+import originals
 import pytest
 
 from prenorm_jax import models
@@ -17,7 +17,7 @@ from prenorm_jax.interop.importing import import_checkpoint
 from prenorm_jax.interop.positions import resized
 from prenorm_jax.paths import leaves
 
-IMAGES = np.random.default_rng(1).normal(size=(3, google.IMAGE, google.IMAGE, 3))
+IMAGES = np.random.default_rng(1).normal(size=(3, originals.IMAGE, originals.IMAGE, 3))
 
 
 @pytest.fixture
@@ -25,19 +25,19 @@ def written(tmp_path):
     """write(changes, dtype): a big_vision file with some arrays changed, or removed (None)."""
 
     def write(changes=(), dtype=np.float32):
-        flat = leaves(google.perturbed(google.MODELS["big_vision"], dtype=dtype)) | dict(changes)
+        flat = leaves(originals.perturbed(originals.MODELS["big_vision"], dtype=dtype)) | dict(changes)
         np.savez(tmp_path / "vit.npz", **{name: value for name, value in flat.items() if value is not None})
         return tmp_path / "vit.npz"
 
     return write
 
 
-@pytest.mark.parametrize("name", google.MODELS)
+@pytest.mark.parametrize("name", originals.MODELS)
 def test_it_is_the_originals_function_and_exports_bit_for_bit(name, tmp_path):
-    params = google.perturbed(google.MODELS[name])
-    google.save(params, tmp_path / "vit.npz", prefix="params/" if "pooled" in name else "")
+    params = originals.perturbed(originals.MODELS[name])
+    originals.save(params, tmp_path / "vit.npz", prefix="params/" if "pooled" in name else "")
     imported = import_checkpoint(tmp_path / "vit.npz")
-    expected = google.MODELS[name].apply({"params": params}, IMAGES)
+    expected = originals.MODELS[name].apply({"params": params}, IMAGES)
     config = dataclasses.replace(imported.config, dtype="float64")
     found = jax.jit(lambda params: models.apply(config, params, IMAGES)[0])(imported.params)
     assert np.max(np.abs(found - expected)) <= 1e-9 * np.max(np.abs(expected))

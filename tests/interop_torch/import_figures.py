@@ -17,7 +17,7 @@ from prenorm_jax.interop.formats import open_checkpoint
 from prenorm_jax.interop.importing import Imported, import_checkpoint
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "interop_models"))
-import google
+import originals
 
 VARIANTS = {
     "pre_rmsnorm": {"norm": "pre_rmsnorm"},
@@ -86,15 +86,20 @@ def of_torch(name: str) -> Reference:
 
 
 def of_google(name: str) -> Reference:
-    model = google.MODELS[name]
-    params = google.perturbed(model)
-    x = np.random.default_rng(1).normal(size=(16, google.IMAGE, google.IMAGE, 3)).astype(np.float32).astype(np.float64)
+    model = originals.MODELS[name]
+    params = originals.perturbed(model)
+    x = (
+        np.random.default_rng(1)
+        .normal(size=(16, originals.IMAGE, originals.IMAGE, 3))
+        .astype(np.float32)
+        .astype(np.float64)
+    )
     rounded = {}
 
     def save(dtype, folder):
         folder.mkdir()
         rounded.update(params=jax.tree.map(lambda leaf: leaf.astype(dtype), params))
-        google.save(rounded["params"], folder / "vit.npz")
+        originals.save(rounded["params"], folder / "vit.npz")
 
     def own(dtype):
         leaves = jax.tree.map(lambda leaf: leaf.astype(dtype), rounded["params"])
@@ -105,7 +110,7 @@ def of_google(name: str) -> Reference:
 
 REFERENCES = {
     **{name: functools.partial(of_torch, name) for name in CASES},
-    **{name: functools.partial(of_google, name) for name in google.MODELS},
+    **{name: functools.partial(of_google, name) for name in originals.MODELS},
 }
 
 
