@@ -135,7 +135,7 @@ def recognise(source: Source, name: str = "") -> Family:
             raise ImportRefused(f"family: got {name!r}; allowed: {', '.join(known)}")
         return known[name]
     path, config, names = source.checkpoint.path, source.checkpoint.config or {}, source.tensors
-    model_type = config.get("model_type")
+    model_type: Any = config.get("model_type")
     if model_type in HUGGING_FACE:
         return known[HUGGING_FACE[model_type](names)]
     if model_type is not None:

@@ -6,6 +6,7 @@ was read, bit for bit.
 """
 
 import dataclasses
+import functools
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -151,9 +152,13 @@ def _unstacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 tensor.dtype,
                 tensor.shape[1:],
                 tensor.file,
-                lambda tensor=tensor, layer=layer: tensor.read()[layer].copy(),
+                functools.partial(_layer_of, tensor, layer),
             )
     return found
+
+
+def _layer_of(tensor: Tensor, layer: int) -> np.ndarray:
+    return tensor.read()[layer].copy()
 
 
 def _widest(source: Source) -> str:
