@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+import torchvision_names  # noqa: F401
 import transformers as t
 
 TOKENS = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
