@@ -1,10 +1,11 @@
 """Evaluates a checkpoint in every form and reports whether they are the same function.
 
 python eval.py --workdir=DIR [--forms=pre_ln,pre_rmsnorm,pre_crmsnorm-reflect,pre_crmsnorm-drop]
+python eval.py --config=configs/pretrained.py:IMPORT --config.data.root=DATA [--workdir=DIR] [--forms=...] [--config.FIELD=VALUE ...]
 python eval.py --workdir=DIR --prompt="def main" [--new_tokens=100] [--temperature=0.8] [--top_k=40]
 
-The first writes equivalence.json, equivalence.md and equivalence.png into DIR and exits with 1 where something does not hold; the
-second prints text from a byte-level GPT.
+The first two write equivalence.json, equivalence.md and equivalence.png into DIR and exit with 1 where something does not hold: of a
+run of train.py, or of what `prenorm import` wrote. The third prints text from a byte-level GPT.
 """
 
 import argparse
@@ -16,20 +17,27 @@ from absl import logging
 
 from prenorm_jax.measure import evaluation
 from prenorm_jax.models.config import ConfigError
+from prenorm_jax.training.command_line import Flags, read_config
 from prenorm_jax.training.data import DataError
-from train import Flags
 
 
 def read_flags(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags. Raises ConfigError."""
+    """The flags; fields of a config in `fields`. Raises ConfigError."""
     flags = Flags(usage=__doc__, allow_abbrev=False)
-    flags.add_argument("--workdir", type=pathlib.Path, required=True, help="of a run of train.py")
+    flags.add_argument("--workdir", type=pathlib.Path, help="of a run of train.py; with --config: where to write")
+    flags.add_argument("--config", metavar="FILE[:ARG]", help="an experiment that begins with an imported checkpoint")
     flags.add_argument("--forms", default="", help="comma-separated; default: all")
     flags.add_argument("--prompt", help="print a continuation of this text instead")
     flags.add_argument("--new_tokens", type=int, default=100)
     flags.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     flags.add_argument("--top_k", type=int)
-    return flags.parse_args(argv)
+    given, given_fields = flags.parse_known_args(argv)
+    if given_fields and not given.config:
+        raise ConfigError(f"{given_fields[0]}: no such flag without --config")
+    if not (given.workdir or given.config):
+        raise ConfigError("the following arguments are required: --workdir, or --config")
+    given.fields = given_fields
+    return given
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,7 +48,12 @@ def main(argv: Sequence[str]) -> int:
         if flags.prompt is not None:
             print(evaluation.write_text(flags.workdir, flags.prompt, flags.new_tokens, flags.temperature, flags.top_k))
             return 0
-        failures = evaluation.evaluate_checkpoint(flags.workdir, tuple(filter(None, flags.forms.split(","))))
+        forms = tuple(filter(None, flags.forms.split(",")))
+        if flags.config:
+            experiment, name = read_config(flags.config, flags.fields)
+            failures = evaluation.evaluate_import(experiment, flags.workdir or pathlib.Path("runs", name), forms)
+        else:
+            failures = evaluation.evaluate_checkpoint(flags.workdir, forms)
     except (ConfigError, DataError, FileNotFoundError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2

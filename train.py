@@ -4,49 +4,30 @@ python train.py --config=configs/quickstart.py[:arg] [--workdir=DIR] [--config.a
 """
 
 import argparse
-import importlib.util
 import pathlib
-import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
 from absl import logging
 
-from prenorm_jax import measure, models
+from prenorm_jax import measure
 from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training import checkpoints, loop
+from prenorm_jax.training.command_line import Flags, read_config
 from prenorm_jax.training.data import DataError
-from prenorm_jax.training.experiment import Experiment, override, read_experiment
+from prenorm_jax.training.experiment import Experiment
+from prenorm_jax.training.initial import initial_params
 from prenorm_jax.training.interrupts import Interrupted
 
 
-class Flags(argparse.ArgumentParser):  # whose errors are one line; eval.py has them too
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def read_flags(argv: Sequence[str]) -> tuple[Experiment, pathlib.Path]:
-    """The experiment and the workdir that the command line asks for. Raises ConfigError."""
+    """The experiment and the workdir. Raises ConfigError."""
     flags = Flags(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flags.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a Python file with get_config(arg)")
     flags.add_argument("--workdir", type=pathlib.Path, help="default: runs/ and the config's name and arg")
     given, fields = flags.parse_known_args(argv)
-    path, _, arg = given.config.partition(":")
-    if not pathlib.Path(path).is_file():
-        raise ConfigError(f"--config: got {path!r}; allowed: an existing Python file")
-    spec: Any = importlib.util.spec_from_file_location("config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    tree = module.get_config(arg).to_dict()
-    for field in fields:
-        if not (parts := re.fullmatch(r"--config\.([\w.]+)=(.*)", field, re.DOTALL)):
-            raise ConfigError(
-                f"{field}: no such flag; allowed: --config=FILE[:ARG], --workdir=DIR, --config.FIELD=VALUE"
-            )
-        override(tree, *parts.groups())
-    name = re.sub(r"[^\w.]+", "-", f"{pathlib.Path(path).stem} {arg}".strip())
-    return read_experiment(tree), given.workdir or pathlib.Path("runs", name)
+    experiment, name = read_config(given.config, fields)
+    return experiment, given.workdir or pathlib.Path("runs", name)
 
 
 def run(experiment: Experiment, workdir: pathlib.Path) -> None:
@@ -57,7 +38,7 @@ def run(experiment: Experiment, workdir: pathlib.Path) -> None:
         checkpoints.refuse_other_model(workdir, experiment)
         params = checkpoints.load(workdir).params
     else:
-        params = models.init(experiment.model, experiment.train.seed, experiment.train.coordinates)
+        params = initial_params(experiment)
     if experiment.compare.enabled:
         measure.compare_variants(experiment, params, workdir)
 

@@ -12,7 +12,8 @@ reader R with input axis i and d the width:
                        that maps 1/sqrt(d) (1, ..., 1) to the last unit vector: there the mean is the last coordinate.
     pack               one spare lane: W gets a slice of zeros, R gets its bias as that lane's row.
 
-A writer behind a LayerScale is W <- diag(lambda) W, lambda <- 1 before any of these maps: what is recentered is what is written.
+A writer behind a LayerScale is W <- diag(lambda) W, lambda <- 1 before any of these maps (fold_affine stops there): what is recentered
+is what is written.
 A norm with a reader that can take no bias, or with `keep`, keeps its affine: nothing is folded into its readers.
 """
 
@@ -180,26 +181,30 @@ def plain_eps(eps: float, width: int) -> float:
     return eps * width / (width - 1)
 
 
-def strip_affine(params: Tree, spec: MainBranch) -> Tree:
+def strip_affine(params: Tree, spec: MainBranch, *, layer_scales: bool = False) -> Tree:
     """Removes the norms' scale and bias leaves after `fold_affine`, for a model whose norms have none.
+
+    Args:
+      layer_scales: whether to remove the LayerScales as well, for a model that has none.
 
     Raises: LayoutError where a concrete leaf is not ones (scale) or zeros (bias), and for traced ones of a norm that can't be folded.
     """
     flat = leaves(params)
-    for norm in spec.resolve(params).norms:
-        for path, neutral in ((norm.scale, 1), (norm.bias, 0)):
-            if path is None or norm.keep is not None:
-                continue
-            if isinstance(flat[path], jax.core.Tracer):
-                if not norm.folds:
-                    raise LayoutError(
-                        f"{path}: can't be folded, so it stays: a reader behind it has no place for a bias (give Reader.bias)"
-                    )
-            elif np.any(np.asarray(flat[path]) != neutral):
-                raise LayoutError(
-                    f"{path}: is not {neutral} everywhere, so removing it would change the function; fold_affine first"
-                )
-            del flat[path]
+    found = spec.resolve(params)
+    neutral = dict.fromkeys(found.layer_scales.values(), 1) if layer_scales else {}
+    for norm in found.norms:
+        own = {path: value for path, value in ((norm.scale, 1), (norm.bias, 0)) if path and norm.keep is None}
+        if not norm.folds and any(isinstance(flat[path], jax.core.Tracer) for path in own):
+            raise LayoutError(
+                f"{next(iter(own))}: can't be folded, so it stays: a reader behind it has no place for a bias (give Reader.bias)"
+            )
+        neutral |= own
+    for path, value in neutral.items():
+        leaf = flat.pop(path)
+        if not isinstance(leaf, jax.core.Tracer) and np.any(np.asarray(leaf) != value):
+            raise LayoutError(
+                f"{path}: is not {value} everywhere, so removing it would change the function; fold_affine first"
+            )
     return with_leaves(params, flat)
 
 
@@ -303,12 +308,13 @@ def _transform(
         for path, neutral in ((norm.scale, 1), (norm.bias, 0)):
             if path:
                 new[path] = _vector(np.full(old[path].shape, neutral) if fold else wide(old[path]), old[path], affine)
-    for path, axis in found.writers if writer else ():
-        if path in new:  # else a reader's bias, now a row of its kernel
+    for path, axis in found.writers:
+        # A path that is gone is a reader's bias, now a row of its kernel.
+        if path in new and (writer or (fold and path in found.layer_scales)):
             arrays = [new[path], _layer_scale(found, old, path, axis)]
             (value,) = in_slices(functools.partial(_written, axis, writer), arrays, [old[path].dtype], axis)
             new[path] = placed(value, old[path])
-    for path in set(found.layer_scales.values()) if writer else ():
+    for path in set(found.layer_scales.values()) if fold or writer else ():
         new[path] = _vector(np.ones(old[path].shape), old[path], affine)
     return with_leaves(params, new, gained)
 

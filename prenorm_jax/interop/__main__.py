@@ -12,6 +12,9 @@ from prenorm_jax.main_branch import LayoutError
 
 COMMANDS = {
     "convert": "prenorm_jax.interop.convert",
+    "verify": "prenorm_jax.interop.verify",
+    "import": "prenorm_jax.interop.into_ours",
+    "export": "prenorm_jax.interop.from_ours",
     "inspect": "prenorm_jax.interop.inspect",
 }
 """Command -> its module, which has `arguments(parser)`, `run(arguments) -> exit status`, and its help as docstring."""

@@ -3,10 +3,10 @@
 from prenorm_jax.main_branch import MainBranch, Norm, Reader, Writer
 
 _BLOCKS_WRITE = [
-    Writer("blocks/{i...}/attn/out/kernel"),
-    Writer("blocks/{i...}/attn/out/bias"),
-    Writer("blocks/{i...}/mlp/down/kernel"),
-    Writer("blocks/{i...}/mlp/down/bias"),
+    Writer("blocks/{i...}/attn/out/kernel", scale="blocks/{i...}/scale1/scale", scale_optional=True),
+    Writer("blocks/{i...}/attn/out/bias", scale="blocks/{i...}/scale1/scale", scale_optional=True, optional=True),
+    Writer("blocks/{i...}/mlp/down/kernel", scale="blocks/{i...}/scale2/scale", scale_optional=True),
+    Writer("blocks/{i...}/mlp/down/bias", scale="blocks/{i...}/scale2/scale", scale_optional=True, optional=True),
 ]
 _BLOCKS_READ = [
     Norm(
@@ -32,6 +32,8 @@ VIT = MainBranch(
         Writer("patch/kernel"),
         Writer("patch/bias"),
         Writer("class/token", optional=True),
+        Writer("distilled/token", optional=True),
+        Writer("registers/table", optional=True),
         Writer("position/table", optional=True),
         *_BLOCKS_WRITE,
     ],

@@ -74,8 +74,9 @@ def resolve(branch: MainBranch, shapes: Shapes) -> Resolved:
     for writer in branch.writers:
         for path, values in (matches if writer.optional else found)(writer.leaf, shapes):
             writers.append((cover(path, f"writer {writer.leaf} (axis {writer.axis})"), writer.axis))
-            if writer.scale:
-                layer_scales[path] = _layer_scale(filled(writer.scale, values), path, shapes)
+            scale = filled(writer.scale, values) if writer.scale else None
+            if scale and (scale in shapes or not writer.scale_optional):
+                layer_scales[path] = _layer_scale(scale, path, shapes)
     for path in set(layer_scales.values()):
         cover(path, "a writer's scale")
     norms = tuple(norm for rule in branch.norms for norm in _norm_leaves(rule, shapes, cover))

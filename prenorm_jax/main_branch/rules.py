@@ -20,12 +20,14 @@ class Writer:
       optional: whether a tree may lack it.
       scale: pattern of the LayerScale behind it, a vector (..., d) that multiplies what it writes (several writers may share it).
         diag(scale) W is what gets recentered: the vector moves into W first and becomes ones. A name in braces must occur in `leaf`.
+      scale_optional: whether a tree may lack it.
     """
 
     leaf: str
     axis: int = -1
     optional: bool = False
     scale: str | None = None
+    scale_optional: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,7 +140,7 @@ def _functions(config: Config, loss: Loss, chart: Callable[[Tree, Config], Tree]
 def _unrecentered(params: Tree, config: Config) -> Tree:
     """What an RMSNorm model must not be given: the affine folded, the writers left as they are."""
     spec = models.main_branch(config)
-    return transforms.strip_affine(transforms.fold_affine(params, spec), spec)
+    return transforms.strip_affine(transforms.fold_affine(params, spec), spec, layer_scales=True)
 
 
 def _meaningful(logits: jax.Array, config: Config) -> jax.Array:

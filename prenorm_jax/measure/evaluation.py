@@ -16,38 +16,59 @@ from prenorm_jax.models.generate import generate
 from prenorm_jax.paths import Tree
 from prenorm_jax.training import checkpoints, data
 from prenorm_jax.training.experiment import Experiment
+from prenorm_jax.training.initial import initial_params
 from prenorm_jax.training.loop import evaluate
 from prenorm_jax.training.tasks import task_of
 
-ORACLE_EXAMPLES = 64  # what the float64 oracle sees: the more, the longer it takes
+ORACLE_EXAMPLES, ORACLE_TOKENS = 64, 8192  # what the float64 oracle sees at most: the more, the longer it takes
 
 
 def evaluate_checkpoint(workdir: pathlib.Path, forms: tuple[str, ...] = ()) -> list[str]:
-    """Evaluates the newest checkpoint of a workdir and writes equivalence.json, .md and .png beside it.
+    """Evaluates the newest checkpoint of a workdir, as `evaluate_params` does.
 
-    Args:
-      forms: names of `equivalence.FORMS` to evaluate on the held-out examples; none means all.
-
-    Returns: what does not hold, a line each; empty if the forms are the same function.
     Raises: FileNotFoundError without a checkpoint; ConfigError for an unknown form.
     """
-    known = {form.name: form for form in equivalence.FORMS}
-    for name in forms:
-        require_one_of("--forms", name, tuple(known))
+    chosen = _forms(forms)
     loaded = checkpoints.load(workdir)
     experiment, config = loaded.experiment, loaded.experiment.model
     print(f"{workdir}, step {loaded.step}: {config.norm}, trained in {loaded.coordinates} coordinates")
+    return evaluate_params(experiment, loaded.params, workdir, chosen)
+
+
+def evaluate_import(experiment: Experiment, workdir: pathlib.Path, forms: tuple[str, ...] = ()) -> list[str]:
+    """Evaluates the imported checkpoint that an experiment begins with, as `evaluate_params` does.
+
+    Raises: ConfigError for an experiment that begins with none, or an unknown form.
+    """
+    chosen, origin = _forms(forms), experiment.train.init_from
+    require(bool(origin), "config.train.init_from", origin, "a folder that `prenorm import` wrote")
+    params = initial_params(experiment)
+    print(f"{origin}: width {experiment.model.width}, depth {experiment.model.depth}, on {experiment.data.root}")
+    workdir.mkdir(parents=True, exist_ok=True)
+    return evaluate_params(experiment, params, workdir, chosen)
+
+
+def evaluate_params(
+    experiment: Experiment, params: Tree, workdir: pathlib.Path, forms: tuple[equivalence.Form, ...]
+) -> list[str]:
+    """Evaluates parameters in their forms and writes equivalence.json, .md and .png into the workdir.
+
+    Args:
+      params: in experiment.train.coordinates.
+      forms: to evaluate on the held-out examples.
+
+    Returns: what does not hold, a line each; empty if the forms are the same function.
+    """
+    config = experiment.model
     try:
-        params = comparison.params_in_pre_ln(experiment, loaded.params)
+        params = comparison.params_in_pre_ln(experiment, params)
     except LayoutError as error:
         # Trained as an RMSNorm model in its own right: it is what it is, and has no other form.
-        found = evaluate(experiment, data.load(experiment).held_out, models.running(loaded.params, config, "native"))
+        found = evaluate(experiment, data.load(experiment).held_out, models.running(params, config, "native"))
         print("  ".join(f"{name} {value:.6g}" for name, value in found.items()))
         return [f"no other form is the same function: {error}"]
 
-    result = {
-        "answers": comparison.answers(experiment, params, tuple(known[name] for name in forms) or equivalence.FORMS)
-    }
+    result = {"answers": comparison.answers(experiment, params, forms)}
     print(comparison.answers_table(result))
     report = _report(experiment, params)
     text = f"{comparison.answers_table(result)}\n\n{report.as_markdown()}\n"
@@ -62,9 +83,18 @@ def evaluate_checkpoint(workdir: pathlib.Path, forms: tuple[str, ...] = ()) -> l
     return report.failures
 
 
+def _forms(names: tuple[str, ...]) -> tuple[equivalence.Form, ...]:
+    known = {form.name: form for form in equivalence.FORMS}
+    for name in names:
+        require_one_of("--forms", name, tuple(known))
+    return tuple(known[name] for name in names) or equivalence.FORMS
+
+
 def _report(experiment: Experiment, params: Tree) -> equivalence.Report:
     held_out = data.load(experiment).held_out
-    count = min(ORACLE_EXAMPLES, len(held_out))
+    model = experiment.model
+    tokens = model.context if isinstance(model, GPTConfig) else model.tokens
+    count = min(ORACLE_EXAMPLES, max(1, ORACLE_TOKENS // tokens), len(held_out))
     batch = next(iter(data.eval_batches(held_out, count, count)))
     task = task_of(experiment)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prenorm_jax import layouts
-from prenorm_jax.main_branch import LayoutError, MainBranch
+from prenorm_jax.main_branch import LayoutError, MainBranch, Reader
 from prenorm_jax.models.config import (
     GPT_SIZES,
     VIT_SIZES,
@@ -103,10 +103,19 @@ def native(params: Tree, config: Transformer) -> Tree:
 def pre_ln(params: Tree, config: Transformer) -> Tree:
     """The variant's own parameters -> Pre-LN ones, with norms of scale 1 and bias 0: the inverse of `native`, up to the fold.
 
-    Raises: LayoutError for a pre_rmsnorm model that was trained away from zero mean: it has no Pre-LN equal.
+    Raises: LayoutError for a pre_rmsnorm model that was trained away from zero mean: it has no Pre-LN equal; and for a model whose
+      readers have the biases that a Pre-LN model has in its norms alone (qkv_bias or head_bias = False).
     """
     widened = leaves(variant(config).to_pre_ln(params, main_branch(config)))
     wanted = leaves(abstract(_in_pre_ln(config)))
+    if "head_mean/bias" in widened:  # of two heads that are added, one has a bias
+        widened["head/bias"] = widened["head/bias"] + widened.pop("head_mean/bias")
+    homeless = [path for path in widened if path not in wanted]
+    if homeless:
+        raise LayoutError(
+            f"{homeless[0]}: holds a norm's bias, and the Pre-LN model of this config has no such leaf ({len(homeless)} such); "
+            "it is the Pre-LN model of a config with qkv_bias and head_bias"
+        )
     neutral = {"scale": jnp.ones, "bias": jnp.zeros}
     flat = {
         path: widened[path] if path in widened else neutral[path.rsplit("/", 1)[1]](leaf.shape, leaf.dtype)
@@ -154,11 +163,22 @@ def count(config: Transformer) -> int:
 def main_branch(config: Transformer) -> MainBranch:
     """The main branch of a config's parameters, with its eps and width: a shipped layout, filled in."""
     if isinstance(config, ViTConfig):
-        layout = layouts.VIT
+        layout = _with_heads(config)
     else:
         layout = layouts.GPT_TIED if config.tied else layouts.GPT  # type: ignore[attr-defined]
     norms = tuple(dataclasses.replace(norm, eps=config.eps) for norm in layout.norms)
     return dataclasses.replace(layout, norms=norms, width=config.width)
+
+
+def _with_heads(config: ViTConfig) -> MainBranch:
+    """The layout of a ViT, with the linear maps that read this config's final norm."""
+    norm = dataclasses.replace(
+        layouts.VIT.norms[-1],
+        readers=[Reader(f"{name}/kernel", bias=f"{name}/bias") for name in config.final_readers],
+        keep=None if config.final_readers else "no head: its value is what the model returns",
+    )
+    others = ("head/{leaf}",) if config.head and config.pre_logits else ()
+    return dataclasses.replace(layouts.VIT, norms=[*layouts.VIT.norms[:-1], norm], others=others)
 
 
 def stack_layers(params: Tree) -> Tree:

@@ -63,7 +63,7 @@ class Norm(nnx.Module):
     def __init__(self, config: Transformer, variant: Variant, layers: tuple[int, ...] = ()):
         shape, dtype = (*layers, config.width), jnp.dtype(config.param_dtype)
         self.scale = nnx.Param(jnp.ones(shape, dtype)) if variant.affine else None
-        self.bias = nnx.Param(jnp.zeros(shape, dtype)) if variant.affine else None
+        self.bias = nnx.Param(jnp.zeros(shape, dtype)) if variant.affine and config.bias else None
         self.norm = functools.partial(variant.norm, eps=config.eps)
 
     @jax.named_scope("norm")
@@ -78,13 +78,28 @@ class Norm(nnx.Module):
 class Affine(nnx.Module):
     """A scale and a bias (D,) of a norm that is applied elsewhere."""
 
-    def __init__(self, width: int, dtype: str):
+    def __init__(self, width: int, dtype: str, *, bias: bool = True):
         self.scale = nnx.Param(jnp.ones((width,), jnp.dtype(dtype)))
-        self.bias = nnx.Param(jnp.zeros((width,), jnp.dtype(dtype)))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.dtype(dtype))) if bias else None
 
-    def leaves(self) -> tuple[Array, Array]:
+    def leaves(self) -> tuple[Array, Array | None]:
         """Scale and bias."""
-        return self.scale[...], self.bias[...]
+        return self.scale[...], None if self.bias is None else self.bias[...]
+
+
+class LayerScale(nnx.Module):
+    """What a branch writes, times a learned vector: (N, D) -> (N, D). A leaf of the Pre-LN model alone (`layer_scale`)."""
+
+    def __init__(self, width: int, dtype: str, layers: tuple[int, ...] = ()):
+        self.scale = nnx.Param(jnp.ones((*layers, width), jnp.dtype(dtype)))
+
+    def __call__(self, y: Array) -> Array:
+        return y * self.scale[...].astype(y.dtype)[None]
+
+
+def reader_bias(config: Transformer, variant: Variant, own: bool) -> bool:
+    """Whether a reader has a bias as a leaf: its `own`, or one that takes the norm's bias where the variant's norms have none."""
+    return variant.reader_bias and (own or (config.bias and not variant.affine))
 
 
 class Attention(nnx.Module):
@@ -93,10 +108,12 @@ class Attention(nnx.Module):
     def __init__(self, config: Transformer, variant: Variant, *, causal: bool, layers: tuple[int, ...], rngs: nnx.Rngs):
         linear = functools.partial(Linear, layers=layers, dtype=config.param_dtype, rngs=rngs)
         lanes = variant.lanes(config.width)
-        self.query = linear(lanes, config.width, bias=variant.reader_bias)
-        self.key = linear(lanes, config.width, bias=variant.reader_bias)
-        self.value = linear(lanes, config.width, bias=variant.reader_bias)
-        self.out = linear(config.width, lanes, init=normal(1 / math.sqrt(2 * config.depth * config.width)))
+        bias = reader_bias(config, variant, config.bias and config.qkv_bias)
+        self.query = linear(lanes, config.width, bias=bias)
+        self.key = linear(lanes, config.width, bias=bias)
+        self.value = linear(lanes, config.width, bias=bias)
+        init = normal(1 / math.sqrt(2 * config.depth * config.width))
+        self.out = linear(config.width, lanes, bias=config.bias, init=init)
         self.heads, self.causal, self.implementation = config.heads, causal, config.attention
 
     @jax.named_scope("attention")
@@ -194,8 +211,9 @@ class Mlp(nnx.Module):
     def __init__(self, config: Transformer, variant: Variant, *, layers: tuple[int, ...], rngs: nnx.Rngs):
         linear = functools.partial(Linear, layers=layers, dtype=config.param_dtype, rngs=rngs)
         lanes = variant.lanes(config.width)
-        self.up = linear(lanes, config.mlp_width, bias=variant.reader_bias)
-        self.down = linear(config.mlp_width, lanes, init=normal(1 / math.sqrt(2 * config.depth * config.mlp_width)))
+        self.up = linear(lanes, config.mlp_width, bias=reader_bias(config, variant, config.bias))
+        init = normal(1 / math.sqrt(2 * config.depth * config.mlp_width))
+        self.down = linear(config.mlp_width, lanes, bias=config.bias, init=init)
         self.gelu = jax.named_scope("gelu")(functools.partial(gelu, form=config.gelu))
 
     @jax.named_scope("mlp")
@@ -213,13 +231,17 @@ class Block(nnx.Module):
         self.attn = Attention(config, variant, causal=causal, layers=layers, rngs=rngs)
         self.norm2 = Norm(config, variant, layers)
         self.mlp = Mlp(config, variant, layers=layers, rngs=rngs)
+        scaled = config.layer_scale and variant.affine
+        self.scale1 = LayerScale(config.width, config.param_dtype, layers) if scaled else None
+        self.scale2 = LayerScale(config.width, config.param_dtype, layers) if scaled else None
 
     def __call__(
         self, x: Array, batch: int, cache: Any = None, position: Array | int = 0, length: int | None = None
     ) -> tuple[Array, Any]:
         y, cache = self.attn(self.norm1(x), batch, cache, position, length)
-        x = x + y
-        return x + self.mlp(self.norm2(x)), cache
+        x = x + (y if self.scale1 is None else self.scale1(y))
+        y = self.mlp(self.norm2(x))
+        return x + (y if self.scale2 is None else self.scale2(y)), cache
 
 
 Blocks = Block | nnx.List

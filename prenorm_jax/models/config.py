@@ -13,8 +13,10 @@ LAYOUTS = ("packed", "compact")
 ATTENTIONS = ("auto", "xla", "cudnn")
 GELUS = ("tanh", "erf")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-POOLS = ("cls", "mean")
+POOLS = ("cls", "mean", "cls_and_mean")
 POSITIONS = ("learned", "sincos")
+POSITIONED = ("patches", "special", "all")
+DISTILLED = ("none", "token", "head")
 
 
 class ConfigError(ValueError):
@@ -38,6 +40,8 @@ class Transformer:
 
     norm, basis, layout choose the variant (prenorm_jax.models.variants); basis and layout matter to pre_crmsnorm alone.
     dtype is the dtype of the computation, param_dtype that of the parameters; norms take their statistics in float32 or wider.
+    bias: whether the blocks' linear maps and all norms have one; qkv_bias: whether query, key and value have one beside that.
+    layer_scale: whether what a branch writes is multiplied by a learned vector (Touvron et al., 2021).
     """
 
     width: int
@@ -49,6 +53,9 @@ class Transformer:
     layout: str = "packed"
     eps: float = 1e-6
     gelu: str = "tanh"
+    bias: bool = True
+    qkv_bias: bool = True
+    layer_scale: bool = False
     dtype: str = "float32"
     param_dtype: str = "float32"
     attention: str = "auto"
@@ -69,7 +76,10 @@ class Transformer:
         require_one_of("model.dtype", self.dtype, DTYPES)
         require_one_of("model.param_dtype", self.param_dtype, DTYPES)
         require_one_of("model.attention", self.attention, ATTENTIONS)
-        for field in ("scan_layers", "remat"):
+        self._require_bools("scan_layers", "remat", "bias", "qkv_bias", "layer_scale")
+
+    def _require_bools(self, *fields: str) -> None:
+        for field in fields:
             require(isinstance(getattr(self, field), bool), f"model.{field}", getattr(self, field), "True or False")
 
     @property
@@ -80,7 +90,19 @@ class Transformer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig(Transformer):
-    """A Vision Transformer: (B, image_size, image_size, channels) pixels to (B, classes) logits."""
+    """A Vision Transformer: (B, image_size, image_size, channels) pixels to (B, classes) logits.
+
+    Tokens are, in this order: the class token, the distillation token, the registers, the patches; all but the patches are optional.
+
+    pool: what the head reads: cls (the class token), mean (of the patches), cls_and_mean (both, through a kernel each).
+    class_token: whether there is a class token that nobody pools by ("mean" has none otherwise).
+    norm_after_pool: whether the final norm sees the mean of the tokens, not the tokens.
+    distilled: none, token (DeiT's second token) or head (and a second head, which reads it; the logits are the mean of both).
+    registers: how many tokens without a meaning (Darcet et al., 2024).
+    positioned: which tokens a learned position is added to: patches, special (also class and distillation token), all (also registers).
+    pre_logits: the width of a linear map and a tanh before the head; 0 for none.
+    head: False for a model that returns the pooled features themselves, (B, D), or (B, pre_logits).
+    """
 
     image_size: int = 224
     patch_size: int = 16
@@ -88,6 +110,13 @@ class ViTConfig(Transformer):
     classes: int = 1000
     pool: str = "cls"
     positions: str = "learned"
+    class_token: bool = False
+    norm_after_pool: bool = False
+    distilled: str = "none"
+    registers: int = 0
+    positioned: str = "special"
+    pre_logits: int = 0
+    head: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,6 +131,25 @@ class ViTConfig(Transformer):
         )
         require_one_of("model.pool", self.pool, POOLS)
         require_one_of("model.positions", self.positions, POSITIONS)
+        require_one_of("model.positioned", self.positioned, POSITIONED)
+        require_one_of("model.distilled", self.distilled, DISTILLED)
+        for field in ("registers", "pre_logits"):
+            value = getattr(self, field)
+            require(isinstance(value, int) and value >= 0, f"model.{field}", value, "an integer >= 0")
+        self._require_bools("class_token", "norm_after_pool", "head")
+        require(
+            self.pool == "mean" or not self.norm_after_pool, "model.norm_after_pool", True, "False unless pool = mean"
+        )
+        plain_head = self.head and self.pool == "cls" and not self.pre_logits
+        require(
+            plain_head or self.distilled != "head", "model.distilled", "head", "token, or pool = cls with a plain head"
+        )
+        require(
+            self.pool != "cls_and_mean" or not self.pre_logits,
+            "model.pre_logits",
+            self.pre_logits,
+            "0 for cls_and_mean",
+        )
         require(
             self.positions == "learned" or self.width % 4 == 0,
             "model.positions",
@@ -116,18 +164,46 @@ class ViTConfig(Transformer):
 
     @property
     def tokens(self) -> int:
-        """L: patches, and one class token where the model pools by it."""
-        return self.patches + (self.pool == "cls")
+        """L: patches, special tokens and registers."""
+        return self.patches + self.special_tokens + self.registers
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether there is a class token: where the model pools by it, or where the config says so."""
+        return self.class_token or self.pool != "mean"
+
+    @property
+    def special_tokens(self) -> int:
+        """Class and distillation token."""
+        return self.has_class_token + (self.distilled != "none")
+
+    @property
+    def final_readers(self) -> tuple[str, ...]:
+        """The linear maps that read the final norm: none where the model returns its value."""
+        if self.pre_logits:
+            return ("pre_logits",)
+        further = {"head_mean": self.pool == "cls_and_mean", "head_distilled": self.distilled == "head"}
+        return ("head", *(name for name, there in further.items() if there)) if self.head else ()
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of a learned position table."""
+        before = {"patches": 0, "special": self.special_tokens, "all": self.special_tokens + self.registers}
+        return self.patches + before[self.positioned]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTConfig(Transformer):
-    """A GPT: (B, L) int token ids to (B, L, padded_vocab) logits; only the first `vocab_size` columns mean anything."""
+    """A GPT: (B, L) int token ids to (B, L, padded_vocab) logits; only the first `vocab_size` columns mean anything.
+
+    tied: whether the head is the embedding table; else head_bias says whether it has a bias.
+    """
 
     context: int = 1024
     vocab_size: int = 50257
     vocab_multiple: int = 128
     tied: bool = True
+    head_bias: bool = True
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -135,7 +211,7 @@ class GPTConfig(Transformer):
         for field in ("context", "vocab_size", "vocab_multiple"):
             value = getattr(self, field)
             require(isinstance(value, int) and value > 0, f"model.{field}", value, "an integer > 0")
-        require(isinstance(self.tied, bool), "model.tied", self.tied, "True or False")
+        self._require_bools("tied", "head_bias")
 
     @property
     def padded_vocab(self) -> int:

@@ -32,11 +32,12 @@ class GPT(nnx.Module):
         self.position = blocks.Table(config.context, lanes, dtype, rngs=rngs)
         self.blocks = blocks.blocks(config, this, causal=True, rngs=rngs)
         if config.tied:
-            self.norm: Any = blocks.Affine(config.width, dtype)
+            self.norm: Any = blocks.Affine(config.width, dtype, bias=config.bias)
         else:
             self.norm = blocks.Norm(config, this)
+            bias = blocks.reader_bias(config, this, config.head_bias)
             self.head = blocks.Linear(
-                lanes, config.padded_vocab, bias=this.reader_bias, init=blocks.normal(0.02), dtype=dtype, rngs=rngs
+                lanes, config.padded_vocab, bias=bias, init=blocks.normal(0.02), dtype=dtype, rngs=rngs
             )
         self.config = config
 

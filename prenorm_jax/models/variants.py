@@ -87,7 +87,7 @@ def variant_of(norm: str, basis: str = "reflect", layout: str = "compact") -> Va
 
 
 def _to_pre_rmsnorm(params: Tree, spec: MainBranch) -> Tree:
-    return transforms.strip_affine(transforms.to_pre_rmsnorm(params, spec), spec)
+    return transforms.strip_affine(transforms.to_pre_rmsnorm(params, spec), spec, layer_scales=True)
 
 
 def _recentered(params: Tree, spec: MainBranch) -> Tree:
@@ -110,7 +110,7 @@ _FULL_WIDTH = {
 
 def _pre_crmsnorm(basis: str, packed: bool) -> Variant:
     def to_compact(params: Tree, spec: MainBranch) -> Tree:
-        return transforms.strip_affine(transforms.compress(params, spec, basis), spec)
+        return transforms.strip_affine(transforms.compress(params, spec, basis), spec, layer_scales=True)
 
     def to_pre_ln(params: Tree, spec: MainBranch) -> Tree:
         return transforms.decompress(params, spec, basis)

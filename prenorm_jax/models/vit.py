@@ -1,5 +1,8 @@
 """The Vision Transformer (Dosovitskiy et al., 2021), in every variant."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +33,7 @@ class Patches(nnx.Module):
 
 
 class Token(nnx.Module):
-    """A learned vector (R,): the class token."""
+    """A learned vector (R,): the class token, or the distillation token."""
 
     def __init__(self, lanes: int, dtype: str):
         self.token = nnx.Param(jnp.zeros((lanes,), jnp.dtype(dtype)))
@@ -46,46 +49,94 @@ class ViT(nnx.Module):
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        this = variant(config)
+        this, dtype = variant(config), config.param_dtype
         lanes = this.lanes(config.width)
         self.patch = Patches(config, lanes, rngs=rngs)
-        setattr(self, "class", Token(lanes, config.param_dtype) if config.pool == "cls" else None)
+        setattr(self, "class", Token(lanes, dtype) if config.has_class_token else None)
+        self.distilled = Token(lanes, dtype) if config.distilled != "none" else None
+        self.registers = blocks.Table(config.registers, lanes, dtype, rngs=rngs) if config.registers else None
         learned = config.positions == "learned"
-        self.position = blocks.Table(config.tokens, lanes, config.param_dtype, rngs=rngs) if learned else None
+        self.position = blocks.Table(config.position_rows, lanes, dtype, rngs=rngs) if learned else None
         self.blocks = blocks.blocks(config, this, causal=False, rngs=rngs)
-        self.norm = blocks.Norm(config, this)
-        self.head = blocks.Linear(
-            lanes, config.classes, bias=this.reader_bias, init=blocks.normal(0.02), dtype=config.param_dtype, rngs=rngs
-        )
+        reads = bool(config.final_readers)
+        self.norm: Any = blocks.Norm(config, this) if reads else blocks.Affine(config.width, dtype, bias=config.bias)
+        linear = functools.partial(blocks.Linear, init=blocks.normal(0.02), dtype=dtype, rngs=rngs)
+        own = {"head_mean": False}  # the bias of `head` is there already
+        for name in config.final_readers:
+            outputs = config.pre_logits or config.classes
+            setattr(self, name, linear(lanes, outputs, bias=blocks.reader_bias(config, this, own.get(name, True))))
+        if config.head and config.pre_logits:
+            self.head = linear(config.pre_logits, config.classes)
         self.config = config
 
     def __call__(self, images: Array) -> tuple[Array, dict[str, Array]]:
-        """Returns logits (B, classes), float32 or wider, and {"main_branch": (depth + 1, B, L, R)}.
+        """Returns logits (B, classes), or features where there is no head, float32 or wider, and {"main_branch": (depth + 1, B, L, R)}.
 
         Raises: ValueError for images of another shape than the config's.
         """
-        config, this = self.config, variant(self.config)
+        config = self.config
         expected = (config.image_size, config.image_size, config.channels)
         if images.shape[1:] != expected:
             raise ValueError(f"images: got shape {images.shape}; expected (batch, {', '.join(map(str, expected))})")
         batch = images.shape[0]
         x = self.patch(images.astype(config.dtype))
-        class_token = getattr(self, "class")
-        if class_token is not None:
-            token = jnp.broadcast_to(class_token.token[...].astype(x.dtype), (batch, 1, x.shape[-1]))
-            x = jnp.concatenate([token, x], axis=1)
-        positions = self.position.table[...] if self.position else this.write(sincos(config))
-        x = (x + positions[None]).astype(config.dtype)
+        first = [token.token[...][None] for token in (getattr(self, "class"), self.distilled) if token is not None]
+        first += [self.registers.table[...]] if self.registers is not None else []
+        if first:
+            rows = jnp.concatenate(first).astype(x.dtype)[None]
+            x = jnp.concatenate([jnp.broadcast_to(rows, (batch, *rows.shape[1:])), x], axis=1)
+        x = (x + self._positions()[None]).astype(config.dtype)
 
         tokens, length = config.tokens, blocks.even_length(config, config.tokens)
         x = jnp.pad(x, [(0, 0), (0, length - tokens), (0, 0)]).reshape(batch * length, -1)
         seen = tokens if length > tokens else None
         x, states, _ = blocks.run(self.blocks, x, batch, length=seen, remat=config.remat)
-        x = x.reshape(batch, length, -1)
-        n = self.norm(x[:, 0]) if config.pool == "cls" else self.norm(x[:, :tokens]).mean(axis=1)
-        logits = self.head(n)
+        logits = self._head(self._pooled(x.reshape(batch, length, -1)))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         return logits, {"main_branch": states.reshape(len(states), batch, length, -1)[:, :, :tokens]}
+
+    def _positions(self) -> Array:
+        """What is added to the tokens, (L, R): nothing to those that the table has no row for."""
+        config = self.config
+        if self.position is None:
+            return variant(config).write(sincos(config))
+        table = self.position.table[...]
+        missing = config.tokens - config.position_rows
+        if not missing:
+            return table
+        before = config.position_rows - config.patches
+        return jnp.concatenate([table[:before], jnp.zeros((missing, table.shape[1]), table.dtype), table[before:]])
+
+    def _pooled(self, x: Array) -> list[Array]:
+        """The normalised (B, R) that the readers of the final norm read, in their order; for features in (B, D).
+
+        x is (B, L or more, R): what attention does not see counts for nothing here either.
+        """
+        config = self.config
+        first, patches = x[:, 0], x[:, config.tokens - config.patches : config.tokens]
+
+        def norm(x: Array) -> Array:
+            if config.final_readers:
+                return self.norm(x)
+            return variant(config).norm_in_pre_ln(x, *self.norm.leaves(), eps=config.eps)
+
+        if config.norm_after_pool:
+            return [norm(patches.mean(axis=1))]
+        if config.pool == "cls_and_mean":
+            return [norm(first), norm(patches).mean(axis=1)]
+        if config.distilled == "head":
+            return [norm(first), norm(x[:, 1])]
+        return [norm(first) if config.pool == "cls" else norm(patches).mean(axis=1)]
+
+    def _head(self, pooled: list[Array]) -> Array:
+        config = self.config
+        if not config.final_readers:
+            return jnp.concatenate(pooled, axis=-1)
+        read = [getattr(self, name)(n) for name, n in zip(config.final_readers, pooled, strict=True)]
+        if config.pre_logits:
+            hidden = jnp.tanh(read[0])
+            return self.head(hidden) if config.head else hidden
+        return sum(read[1:], read[0]) / (2 if config.distilled == "head" else 1)
 
 
 def sincos(config: ViTConfig) -> Array:

@@ -115,7 +115,8 @@ def refuse_other_model(workdir: pathlib.Path, experiment: Experiment) -> list[st
     found = latest(workdir)
     if found is None:
         return []
-    before, now = found[1]["experiment"], as_tree(experiment)
+    # Read and written once more, a checkpoint of an earlier version has today's fields at their defaults.
+    before, now = as_tree(read_experiment(found[1]["experiment"])), as_tree(experiment)
     changed = differences(_identity(before), _identity(now))
     if changed:
         raise ConfigError(

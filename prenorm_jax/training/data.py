@@ -8,6 +8,7 @@ last batch of an evaluation.
 
 import dataclasses
 import hashlib
+import importlib
 import os
 import pathlib
 import sysconfig
@@ -21,6 +22,9 @@ from prenorm_jax.models.config import GPTConfig, ViTConfig
 from prenorm_jax.training.experiment import Data, Experiment
 
 Batch = dict[str, np.ndarray]
+
+FROM_FILES = {"image_folder": "prenorm_jax.training.image_folder", "text": "prenorm_jax.training.text"}
+"""Data sets of the user's own files, in modules of their own."""
 
 
 class DataError(RuntimeError):
@@ -51,8 +55,41 @@ def load(experiment: Experiment) -> Splits:
     if data.name == "stdlib":
         assert isinstance(model, GPTConfig)
         return stdlib(data.root or sysconfig.get_path("stdlib"), model.context)
+    if data.name in FROM_FILES:
+        return importlib.import_module(FROM_FILES[data.name]).load(data, model)  # type: ignore[no-any-return]
     held_out = max(1, data.examples // 8)
     return Splits(Synthetic(model, data.seed, 0, data.examples), Synthetic(model, data.seed, 1, held_out))
+
+
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """The training side of data that was given for evaluation only."""
+
+    root: str
+
+    def __len__(self) -> int:
+        raise DataError(f"{self.root}: nothing to train on; expected a folder with train and val in it")
+
+    def batch(self, indices: np.ndarray, rng: np.random.Generator | None) -> Batch:
+        """Never called."""
+        raise DataError(f"{self.root}: nothing to train on")
+
+
+def sides(root: str, what: str) -> tuple[pathlib.Path | None, pathlib.Path]:
+    """Where the training and the held-out side of a data set are: root/train* and root/val*, or None and the root itself.
+
+    Raises: DataError where there is nothing, or one side alone.
+    """
+    base = pathlib.Path(root)
+    if not root or not base.exists():
+        raise DataError(f"config.data.root: got {root!r}; expected {what}")
+    found = {side: sorted(base.glob(f"{side}*")) for side in ("train", "val")} if base.is_dir() else {}
+    several = [paths for paths in found.values() if len(paths) > 1]
+    if several or sum(map(bool, found.values())) == 1:
+        raise DataError(
+            f"{root}: has {', '.join(path.name for paths in found.values() for path in paths)}; expected one train and one val"
+        )
+    return (found["train"][0], found["val"][0]) if any(found.values()) else (None, base)
 
 
 def train_batches(examples: Examples, data: Data, batch_size: int) -> grain.DatasetIterator:

@@ -31,6 +31,8 @@ DATA_SETS: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
     "digits": (("image_classification",), {"image_size": 8, "channels": 1, "classes": 10}),
     "stdlib": (("language_modelling",), {"vocab_size": 256}),
     "synthetic": (TASKS, {}),
+    "image_folder": (("image_classification",), {}),
+    "text": (("language_modelling",), {}),
 }
 
 
@@ -48,10 +50,13 @@ def _require_numbers(record: object, section: str, at_least: dict[str, float]) -
 class Data:
     """Where examples come from.
 
-    name: digits (scikit-learn's 8x8 scans), stdlib (the Python standard library as bytes), synthetic (noise, for timing).
+    name: digits (scikit-learn's 8x8 scans), stdlib (the Python standard library as bytes), synthetic (noise, for timing),
+      image_folder (pictures, a folder a class), text (a text, or token ids).
     seed: of the order of examples, of the augmentation and of the synthetic set.
-    augment: whether digits move by up to a pixel, and text windows start anywhere.
-    root: the folder of stdlib's .py files; empty means the running interpreter's own standard library.
+    augment: whether digits move by up to a pixel, pictures are mirrored, and text windows start anywhere.
+    root: the folder of stdlib's .py files; empty means the running interpreter's own standard library. Of image_folder and text: the
+      folder or file, held out as a whole, or a folder with train and val in it.
+    processor: the folder with preprocessor_config.json (image_folder) or tokenizer.json (text).
     examples: how many examples the synthetic set has.
     threads: how many threads read ahead; they change no value and no order.
     """
@@ -60,6 +65,7 @@ class Data:
     seed: int = 0
     augment: bool = True
     root: str = ""
+    processor: str = ""
     examples: int = 4096
     threads: int = 2
 
@@ -105,6 +111,7 @@ class Train:
     log_every, eval_every, checkpoint_every: in steps; 0 for the latter two means after the last step alone.
     eval_examples: held-out examples of one evaluation; 0 means all of them.
     keep: how many checkpoints stay on disk.
+    init_from: a folder that `prenorm import` wrote, whose parameters training begins with; empty means random ones.
     """
 
     steps: int = 1000
@@ -119,6 +126,7 @@ class Train:
     eval_examples: int = 0
     checkpoint_every: int = 200
     keep: int = 2
+    init_from: str = ""
 
     def __post_init__(self) -> None:
         least_one = ("steps", "batch_size", "accumulate", "log_every", "eval_batch_size", "keep")
@@ -172,6 +180,13 @@ class Experiment:
         for field, value in fixed.items():
             given = getattr(self.model, field)
             require(given == value, f"model.{field}", given, f"{value} for config.data.name = {self.data.name}")
+        has_head = getattr(self.model, "head", True)
+        require(
+            has_head,
+            "model.head",
+            has_head,
+            "True: images are classified (prenorm import --classes N gives a new head)",
+        )
         require(
             self.optimizer.warmup_steps < self.train.steps,
             "optimizer.warmup_steps",

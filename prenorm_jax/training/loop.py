@@ -15,6 +15,7 @@ from prenorm_jax import models
 from prenorm_jax.models.config import require
 from prenorm_jax.training import checkpoints, data, metrics
 from prenorm_jax.training.experiment import Experiment, as_tree
+from prenorm_jax.training.initial import initial_params
 from prenorm_jax.training.interrupts import Interrupted, Interrupts
 from prenorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from prenorm_jax.training.step import Params, State, init_state, make_eval_step, make_train_step
@@ -77,8 +78,7 @@ class _Run:
         self.learning_rates = np.asarray(jax.vmap(schedule)(np.arange(settings.steps)))
 
     def initial_state(self) -> State:
-        settings = self.experiment.train
-        return init_state(models.init(self.experiment.model, settings.seed, settings.coordinates), self.tx)
+        return init_state(initial_params(self.experiment), self.tx)
 
     def steps(
         self,

@@ -36,7 +36,7 @@ GPT = GPTConfig(width=8, depth=2, heads=2, mlp_width=16)
         (VIT, "patch_size", 3, "a divisor of model.image_size = 8"),
         (VIT, "channels", 0, "an integer > 0"),
         (VIT, "classes", 0, "an integer > 0"),
-        (VIT, "pool", "max", "cls, mean"),
+        (VIT, "pool", "max", "cls, mean, cls_and_mean"),
         (VIT, "positions", "rotary", "learned, sincos"),
         (GPT, "context", 0, "an integer > 0"),
         (GPT, "vocab_size", 0, "an integer > 0"),

@@ -1,0 +1,49 @@
+"""What training and evaluation begin with: random parameters, or those of an imported checkpoint."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from prenorm_jax import models
+from prenorm_jax.interop import stored
+from prenorm_jax.interop.tensors import FormatError
+from prenorm_jax.main_branch import LayoutError
+from prenorm_jax.models.config import ConfigError
+from prenorm_jax.training.experiment import Experiment, differences
+from prenorm_jax.training.step import Params
+
+# What an experiment may choose for a model that is imported: how it is computed and stored, and in which variant.
+FREE = ("norm", "basis", "layout", "dtype", "param_dtype", "attention", "scan_layers", "remat", "vocab_multiple")
+
+
+def initial_params(experiment: Experiment) -> Params:
+    """The parameters that a run begins with, in experiment.train.coordinates and model.param_dtype.
+
+    Raises: ConfigError where train.init_from is no import, or one of another model.
+    """
+    model, settings = experiment.model, experiment.train
+    if not settings.init_from:
+        return models.init(model, settings.seed, settings.coordinates)
+    try:
+        imported = stored.load(pathlib.Path(settings.init_from)).imported
+    except (FormatError, LayoutError, OSError) as error:
+        raise ConfigError(f"config.train.init_from: {error}") from None
+    there, here = (
+        {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
+        for config in (imported.config, model)
+    )
+    other = differences(there, here, "config.model")
+    if type(imported.config) is not type(model) or other:
+        raise ConfigError(
+            f"config.train.init_from: {settings.init_from} is another model ({'; '.join(other) or type(imported.config).__name__}); "
+            "allowed: the model of the import (configs/pretrained.py reads it)"
+        )
+    if getattr(imported.config, "padded_vocab", 0) != getattr(model, "padded_vocab", 0):
+        raise ConfigError(
+            "config.model.vocab_multiple: not that of the import; allowed: prenorm import --set vocab_multiple=N"
+        )
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, model.param_dtype), imported.params)
+    params = models.stack_layers(params) if model.scan_layers else params
+    return models.native(params, model) if settings.coordinates == "native" else params
