@@ -16,6 +16,7 @@ from absl import logging
 from prenorm_jax import measure, models
 from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training import checkpoints, loop
+from prenorm_jax.training.compilation_cache import use_compilation_cache
 from prenorm_jax.training.data import DataError
 from prenorm_jax.training.experiment import Experiment, override, read_experiment
 from prenorm_jax.training.interrupts import Interrupted
@@ -41,9 +42,7 @@ def read_flags(argv: Sequence[str]) -> tuple[Experiment, pathlib.Path]:
     tree = module.get_config(arg).to_dict()
     for field in fields:
         if not (parts := re.fullmatch(r"--config\.([\w.]+)=(.*)", field, re.DOTALL)):
-            raise ConfigError(
-                f"{field}: no such flag; allowed: --config=FILE[:ARG], --workdir=DIR, --config.FIELD=VALUE"
-            )
+            raise ConfigError(f"{field}: no such flag; allowed: --config=FILE[:ARG], --workdir=DIR, --config.FIELD=X")
         override(tree, *parts.groups())
     name = re.sub(r"[^\w.]+", "-", f"{pathlib.Path(path).stem} {arg}".strip())
     return read_experiment(tree), given.workdir or pathlib.Path("runs", name)
@@ -65,6 +64,7 @@ def run(experiment: Experiment, workdir: pathlib.Path) -> None:
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0; 2 for what can't be, 1 for a run that failed, 128 + signal for one stopped; a line on stderr for each."""
     logging.set_verbosity(logging.ERROR)
+    use_compilation_cache()
     try:
         run(*read_flags(argv))
     except (ConfigError, DataError, FloatingPointError, Interrupted) as error:
