@@ -1,7 +1,8 @@
 """Tables, step times and profiles.
 
-python -m prenorm_jax.measure print FILE [...] [--plot PREFIX]
-    the tables of JSON files that train.py, eval.py, `time` and benchmarks/peers.py wrote
+python -m prenorm_jax.measure print FILE [...] [--plot PREFIX] [--into GUIDE]
+    the tables of JSON files that train.py, eval.py, `time`, `profile` and benchmarks/peers.py wrote; into a guide: in place of what
+    stands between <!-- FILE --> and <!-- end --> there
 python -m prenorm_jax.measure time CONFIG[:ARG] --out FILE [--only WORD,...] [--forms FORM,...] [--minutes M] [--threads N]
     times the works of a study, as configs/paper_*.py have them; the same command goes on where it stopped (exit status 3: works are left)
 python -m prenorm_jax.measure profile {vit,gpt} SIZE --batch B [--norm N] [--basis B] [--coordinates C] [--inference] [--json FILE]
@@ -30,7 +31,10 @@ def print_tables(given: argparse.Namespace) -> int:
     for path in given.files:
         try:
             result = json.loads(pathlib.Path(path).read_text())
-            print("\n\n".join([path, *tables(result)]) + "\n")
+            text = "\n\n".join(tables(result))
+            print(f"{path}\n\n{text}\n")
+            if given.into:
+                given.into.write_text(with_tables(given.into.read_text(), path, text))
             if given.plot and "entries" in result:
                 from prenorm_jax.measure import pictures
 
@@ -48,10 +52,27 @@ def tables(result: dict[str, Any]) -> list[str]:
         return [study.table(result), study.details(result)]
     if "peers" in result:
         return [study.peers_table(result)]
+    if "kernels" in result:
+        kernels = [profile.Kernel(**row) for row in result["kernels"]]
+        head = f"{result['work']}, {result['form']}, {result['device']}, jax {result['jax']}"
+        return [head, profile.table(kernels, floors=result["floor_ms_by_part"])]
     from prenorm_jax.measure.comparison import answers_table, times_table
 
     second = Report.of_json(result).as_markdown() if "errors" in result else times_table(result)
     return [answers_table(result), second]
+
+
+def with_tables(guide: str, path: str, text: str) -> str:
+    """A guide's text with the tables of a file between its marks. Raises ValueError where the guide has none.
+
+    >>> with_tables("a <!-- x.json --> old <!-- end --> b", "x.json", "new")
+    'a <!-- x.json -->\\n\\nnew\\n\\n<!-- end --> b'
+    """
+    before, mark, rest = guide.partition(f"<!-- {path} -->")
+    _, end, after = rest.partition("<!-- end -->")
+    if not end:
+        raise ValueError(f"the guide has no <!-- {path} --> with an <!-- end --> behind it")
+    return f"{before}{mark}\n\n{text}\n\n{end}{after}"
 
 
 def time_study(given: argparse.Namespace) -> int:
@@ -75,18 +96,20 @@ def profile_step(given: argparse.Namespace) -> int:
     """Traces one step and prints its device time by part and by kernel."""
     use_compilation_cache()  # but not in time_study, which times compilation
     kind = "inference" if given.inference else "training"
-    this = work(given.family, given.size, given.batch, kind, given.coordinates)
-    form = Form(given.norm, given.basis)
+    this, form = work(given.family, given.size, given.batch, kind, given.coordinates), Form(given.norm, given.basis)
     kernels = profile.profile_work(this, form, given.steps)
-    floors = counts.floors(this.operations(form), counts.device() or counts.FLOOR_DEVICE)
-    print(
-        f"{this.key}, {form.name}, {jax.devices()[0].device_kind}, jax {jax.__version__}\n\n{profile.table(kernels, floors=floors)}"
-    )
+    result = {
+        "work": this.key,
+        "form": form.name,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "ms_by_part": profile.by_part(kernels),
+        "floor_ms_by_part": counts.floors(this.operations(form), counts.device() or counts.FLOOR_DEVICE),
+        "kernels": [dataclasses.asdict(kernel) for kernel in kernels],
+    }
+    print("\n\n".join(tables(result)))
     if given.json:
-        found = {"work": this.key, "form": form.name, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
-        parts = {"ms_by_part": profile.by_part(kernels), "floor_ms_by_part": floors}
-        rows = [dataclasses.asdict(kernel) for kernel in kernels]
-        given.json.write_text(json.dumps({**found, **parts, "kernels": rows}, indent=1) + "\n")
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
@@ -100,6 +123,7 @@ def read_flags(arguments: list[str]) -> argparse.Namespace:
     flags.set_defaults(command=print_tables)
     flags.add_argument("files", nargs="+", metavar="FILE")
     flags.add_argument("--plot", metavar="PREFIX", help="draw a study into PREFIX.png and PREFIX_roofline.png")
+    flags.add_argument("--into", type=pathlib.Path, metavar="GUIDE", help="a Markdown file to put the tables into")
 
     flags = commands.add_parser("time")
     flags.set_defaults(command=time_study)

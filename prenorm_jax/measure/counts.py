@@ -102,8 +102,8 @@ def operations(
     norms = 0 if config.norm == "no_norm" else 2 * depth * rows + normed
 
     def attention(times: int, tensors: int) -> Operation:
-        flops = [4.0 * width * depth * times * n for n in (pairs, seen)]
-        return Operation("attention", *flops, tensors * rows * width * a * depth)
+        flops = 4.0 * width * depth * times
+        return Operation("attention", flops * pairs, flops * seen, tensors * rows * width * a * depth)
 
     found += [
         attention(1, 4),

@@ -87,9 +87,9 @@ def roofline(result: Mapping[str, Any], path: pathlib.Path) -> None:
         intensities += x
     device = DEVICES.get(result["device"])
     if device:
-        x = np.geomspace(min(intensities) / 2, max(*intensities, 400.0) * 2)
-        axes.plot(x, np.minimum(device.product_flops, device.copy_bytes * x) / 1e12, color="black", linewidth=1)
-        axes.plot(x, np.minimum(device.peak_flops, device.peak_bytes * x) / 1e12, "--", color="grey", linewidth=1)
+        span = np.geomspace(min(intensities) / 2, max(*intensities, 400.0) * 2)
+        axes.plot(span, np.minimum(device.product_flops, device.copy_bytes * span) / 1e12, color="black", linewidth=1)
+        axes.plot(span, np.minimum(device.peak_flops, device.peak_bytes * span) / 1e12, "--", color="grey", linewidth=1)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations / byte of the least traffic")

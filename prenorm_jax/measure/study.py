@@ -174,6 +174,7 @@ def _result(study: Study, out: pathlib.Path) -> dict[str, Any]:
     """What `out` holds, or the head of a new file."""
     head = {
         "study": study.name,
+        "forms": list(study.forms),
         "device": jax.devices()[0].device_kind,
         "host": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: _version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
@@ -231,16 +232,14 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def details(result: Mapping[str, Any], forms: tuple[str, ...] = ()) -> str:
-    """Markdown: a row for each work and form (of `forms`, or each): time, throughput, MFU by both conventions, memory, compile time, latency."""
+def details(result: Mapping[str, Any]) -> str:
+    """Markdown: a row for each work and form: time, throughput, MFU by both conventions, memory, compile time, latency."""
     lines = [
-        "| work | form | ms | a second | MFU, full attention | MFU, causal | peak memory | compile | p50, p95 of single calls |",
+        "| work | form | ms | a second | MFU, full | MFU, causal | peak memory | compile | single calls: p50, p95 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for entry in result["entries"]:
         for name, row in entry["rows"].items():
-            if forms and name not in forms:
-                continue
             mfu = [f"{row['mfu'][key]:.1%}" if row["mfu"] else "" for key in ("full", "causal")]
             peak = f"{row['peak_bytes'] / 2**30:.2f} GiB" if row["peak_bytes"] else ""
             single = row.get("latency_s")
@@ -254,7 +253,7 @@ def details(result: Mapping[str, Any], forms: tuple[str, ...] = ()) -> str:
 
 
 def peers_table(result: Mapping[str, Any]) -> str:
-    """Markdown of benchmarks/peers.py: a row a work and form of ours; milliseconds, and theirs over ours by round: median (least to greatest)."""
+    """Markdown of benchmarks/peers.py: a row a work and form of ours; theirs over ours by round, median (least to greatest)."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     lines = [f"| {result['device']}; {versions} | peer | ms | ours | ms | peer / ours |", "|---" * 6 + "|"]
     for entry in result["peers"]:

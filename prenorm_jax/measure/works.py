@@ -7,6 +7,7 @@ compiled and no data set is read. They are never zeros or copies of one row: a G
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +27,10 @@ from prenorm_jax.training.optimizer import make_optimizer
 from prenorm_jax.training.tasks import ImageClassification, LanguageModelling, Task
 
 KINDS = ("training", "inference")
-FAMILIES = {"vit": ("ViT-", models.vit_config), "gpt": ("GPT ", models.gpt_config)}
+FAMILIES: dict[str, tuple[str, Callable[..., Config]]] = {
+    "vit": ("ViT-", models.vit_config),
+    "gpt": ("GPT ", models.gpt_config),
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,6 +68,13 @@ def test_the_tables_and_pictures_of_a_file(measured, tmp_path, capsys):
     assert study.details(result) in printed
     assert f"| {TRAINING.key} | pre_crmsnorm-reflect |" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.png", "tiny_roofline.png"}
+    guide = tmp_path / "guide.md"
+    guide.write_text(f"# Guide\n\n<!-- {out} -->\nold\n<!-- end -->\n")
+    assert command.main(["print", str(out), "--into", str(guide)]) == 0
+    assert study.table(result) in guide.read_text()
+    assert "old" not in guide.read_text()
+    guide.write_text("no place for it")
+    assert command.main(["print", str(out), "--into", str(guide)]) == 2
     known = {**result, "device": "NVIDIA H200"}  # with roofs
     pictures.roofline(known, tmp_path / "roofs.png")
 
@@ -78,6 +85,19 @@ def test_a_file_of_another_device_is_not_continued(measured, tmp_path):
     other.write_text(json.dumps({**result, "device": "another"}))
     with pytest.raises(ConfigError, match="was measured with device = 'another'"):
         study.run(STUDY, other, say=print)
+
+
+def test_a_profile_and_the_peers_print_too(tmp_path):
+    row = {"instruction": "gemm", "part": "matrix products", "ms": 2.0, "calls": 1.0, "scope": "mlp"}
+    floors = {"matrix products": 1.5, "GELU": 0.25}
+    found = {"work": "w", "form": "f", "device": "d", "jax": "0", "kernels": [row], "floor_ms_by_part": floors}
+    head, text = command.tables(found)
+    assert head == "w, f, d, jax 0"
+    assert "| matrix products | 2.00 | 100.0% | 1.50 |" in text
+    assert "| GELU | 0.00 | 0.0% | 0.25 |" in text
+    rows = {"theirs": {"name": "p", "windows_s": [0.02, 0.03]}, "ours": {"pre_ln": {"windows_s": [0.01, 0.01]}}}
+    (text,) = command.tables({"device": "d", "versions": {"jax": "0"}, "peers": [{"work": "w", **rows}]})
+    assert text.endswith("| w | p | 25.00 | pre_ln | 10.00 | 2.500 (2.000 to 3.000) |")
 
 
 def test_no_work_is_begun_that_would_end_too_late(tmp_path):
