@@ -48,6 +48,7 @@ class Side:
 
     def __init__(self, name: str, arguments: list[str]) -> None:
         command = [sys.executable, str(pathlib.Path(__file__)), "--side", name, *arguments]
+        self.command = " ".join(command)
         # JAX would otherwise take most of the card's memory at once, and leave the other side none.
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self.process = subprocess.Popen(
@@ -62,7 +63,8 @@ class Side:
                 found: dict[str, Any] = json.loads(line)
                 return found
             print(line, end="", file=sys.stderr)
-        raise RuntimeError(f"{' '.join(self.process.args)} ended with status {self.process.wait()}")  # type: ignore[arg-type]
+        self.close()
+        raise RuntimeError(f"{self.command} ended with status {self.process.returncode}")
 
     def take(self, steps: int) -> dict[str, float]:
         """Seconds of one of `steps` steps, by name."""
@@ -72,9 +74,7 @@ class Side:
 
     def close(self) -> None:
         """Ends the process and waits for it, so that its memory is free."""
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()
 
 
 def compare(given: argparse.Namespace) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         result = compare(given)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         print(f"peers.py: {error}", file=sys.stderr)
         return 1
     from prenorm_jax.measure.study import peers_table
