@@ -20,7 +20,7 @@ from prenorm_jax.measure.works import Work
 
 PARTS: tuple[tuple[str, str], ...] = (
     ("attention", r"fmha|cudnn|dot_product_attention|attention/core"),
-    ("matrix products", r"cublas|__triton_gemm|gemm_fusion|\bdot\b|hopper_product"),
+    ("matrix products", r"cublas|__triton_gemm|gemm_fusion|\bdot\b|/dot_general$|hopper_product"),
     ("optimizer", r"optimizer"),
     ("weight map", r"weight_map"),
     ("loss", r"loss"),

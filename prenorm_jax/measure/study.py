@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -37,7 +38,7 @@ class Study:
       forms: rows of `step_time.TIMED`; the first is `step_time.BASELINE`.
       windows: of each form.
       window_seconds: how long a window takes, about; of 3 to 50 steps.
-      latency_calls: single calls in each round, where a batch of 1 is inferred.
+      latency_calls: at most so many single calls in each round, where a batch of 1 is inferred.
     """
 
     name: str
@@ -54,8 +55,9 @@ class Study:
         require(self.windows > 0, "windows", self.windows, "1 or more")
 
     def only(self, words: tuple[str, ...]) -> "Study":
-        """The works whose keys hold all of `words`. Raises ConfigError where there are none."""
-        works = tuple(work for work in self.works if all(word in work.key for word in words))
+        """The works whose keys hold all of `words`, whole: "batch 1" is not "batch 16". Raises ConfigError where there are none."""
+        patterns = [re.compile(rf"(?<!\w){re.escape(word)}(?!\w)") for word in words]
+        works = tuple(work for work in self.works if all(pattern.search(work.key) for pattern in patterns))
         require(bool(works), "--only", ",".join(words), "; ".join(work.key for work in self.works))
         return dataclasses.replace(self, works=works)
 
@@ -109,8 +111,9 @@ def measure(work: Work, study: Study, threads: int = 1) -> dict[str, Any]:
     window_steps = int(np.clip(round(study.window_seconds / pace), 3, 50))
     warmup_steps = int(np.clip(round(study.window_seconds / pace), 3, 10))
     times = step_time.interleaved(cases, warmup_steps=warmup_steps, window_steps=window_steps, windows=study.windows)
+    calls = int(np.clip(round(study.window_seconds / pace), 3, study.latency_calls))
     single = (
-        step_time.latencies(cases, rounds=study.windows, calls=study.latency_calls)
+        step_time.latencies(cases, rounds=study.windows, calls=calls)
         if work.kind == "inference" and work.batch == 1
         else {}
     )

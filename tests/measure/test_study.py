@@ -114,6 +114,8 @@ def test_the_papers_studies(path):
     assert found.forms[-1] == "no_norm"
     first = found.only((found.works[0].name,))
     assert {work.name for work in first.works} == {found.works[0].name}
+    one = found.only((found.works[0].name, f"batch {found.works[0].batch}", found.works[0].kind))
+    assert {work.batch for work in one.works} == {found.works[0].batch}
     with pytest.raises(ConfigError, match="--only"):
         found.only(("no such work",))
 
@@ -153,7 +155,7 @@ def test_a_profile_sums_the_kernels_of_a_step():
     assert all(kernel.ms > 0 for kernel in kernels)
     parts = profile.by_part(kernels)
     assert sum(parts.values()) == pytest.approx(sum(kernel.ms for kernel in kernels))
-    assert {"matrix products", "optimizer"} & set(parts)
+    assert {"matrix products", "optimizer"} <= set(parts)
     text = profile.table(kernels, floors=counts.floors(TRAINING.operations(PRE_LN)))
     assert "| part | ms | share | floor, ms |" in text
 
