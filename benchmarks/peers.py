@@ -111,6 +111,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
             }
         )
         if given.out:
+            given.out.parent.mkdir(parents=True, exist_ok=True)
             given.out.write_text(json.dumps(result, indent=1) + "\n")
     return result
 

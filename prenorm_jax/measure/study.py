@@ -37,7 +37,7 @@ class Study:
       works: in the order in which they are timed.
       forms: rows of `step_time.TIMED`; the first is `step_time.BASELINE`.
       windows: of each form.
-      window_seconds: how long a window takes, about; of 3 to 50 steps.
+      window_seconds: how long a window takes, about; of 3 to 200 steps.
       latency_calls: at most so many single calls in each round, where a batch of 1 is inferred.
     """
 
@@ -97,7 +97,9 @@ def run(
         longest = max(longest, time.monotonic() - since)
         result["entries"].append({**entry, "seconds": time.monotonic() - since})
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        part = out.with_name(out.name + ".part")  # so that a call cut short leaves the file whole
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(out)
         say(_line(entry))
     return [work.key for work in left]
 
@@ -108,7 +110,7 @@ def measure(work: Work, study: Study, threads: int = 1) -> dict[str, Any]:
     for case in cases.values():
         case.run(2)
     pace = max(cases[step_time.BASELINE].run(1), 1e-6)
-    window_steps = int(np.clip(round(study.window_seconds / pace), 3, 50))
+    window_steps = int(np.clip(round(study.window_seconds / pace), 3, 200))
     warmup_steps = int(np.clip(round(study.window_seconds / pace), 3, 10))
     times = step_time.interleaved(cases, warmup_steps=warmup_steps, window_steps=window_steps, windows=study.windows)
     calls = int(np.clip(round(study.window_seconds / pace), 3, study.latency_calls))
@@ -145,6 +147,7 @@ def measure(work: Work, study: Study, threads: int = 1) -> dict[str, Any]:
         "unit": unit,
         "per_step": amount,
         "window_steps": window_steps,
+        "compiled_at_a_time": threads,
         "rows": rows,
     }
 
