@@ -18,6 +18,7 @@ from absl import logging
 from prenorm_jax.measure import evaluation
 from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training.command_line import Flags, read_config
+from prenorm_jax.training.compilation_cache import use_compilation_cache
 from prenorm_jax.training.data import DataError
 
 
@@ -43,6 +44,7 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0 if everything holds, 1 if something does not, 2 for what can't be (one line on stderr)."""
     logging.set_verbosity(logging.ERROR)
+    use_compilation_cache()
     try:
         flags = read_flags(argv)
         if flags.prompt is not None:

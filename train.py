@@ -14,6 +14,7 @@ from prenorm_jax import measure
 from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training import checkpoints, loop
 from prenorm_jax.training.command_line import Flags, read_config
+from prenorm_jax.training.compilation_cache import use_compilation_cache
 from prenorm_jax.training.data import DataError
 from prenorm_jax.training.experiment import Experiment
 from prenorm_jax.training.initial import initial_params
@@ -46,6 +47,7 @@ def run(experiment: Experiment, workdir: pathlib.Path) -> None:
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0; 2 for what can't be, 1 for a run that failed, 128 + signal for one stopped; a line on stderr for each."""
     logging.set_verbosity(logging.ERROR)
+    use_compilation_cache()
     try:
         run(*read_flags(argv))
     except (ConfigError, DataError, FloatingPointError, Interrupted) as error:

@@ -1,10 +1,13 @@
 """The guides are true: their Python runs, block after block, as a reader would run it; what they link to is there."""
 
+import json
 import re
 from pathlib import Path
 
 import jax
 import pytest
+
+from prenorm_jax.measure import __main__ as command
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -28,3 +31,10 @@ def test_its_python_runs(guide, capsys):
 def test_the_files_that_it_names_are_there(path):
     for name in re.findall(r"\]\(((?!http)[^)#]+)", path.read_text()):
         assert (DOCS / name).exists(), name
+
+
+def test_the_tables_of_what_was_measured_are_in_the_guide():
+    text = (DOCS / "performance.md").read_text()
+    for path in sorted((DOCS.parent / "results" / "speed").glob("*.json")):
+        for table in command.tables(json.loads(path.read_text())):
+            assert table in text, f"python -m prenorm_jax.measure print {path} --into docs/performance.md"

@@ -1,28 +1,167 @@
-"""Prints the tables of files that train.py and eval.py wrote: python -m prenorm_jax.measure compare.json equivalence.json [...]"""
+"""Tables, step times and profiles.
 
+python -m prenorm_jax.measure print FILE [...] [--plot PREFIX] [--into GUIDE]
+    the tables of JSON files that train.py, eval.py, `time`, `profile` and benchmarks/peers.py wrote; into a guide: in place of what
+    stands between <!-- FILE --> and <!-- end --> there
+python -m prenorm_jax.measure time CONFIG[:ARG] --out FILE [--only WORD,...] [--forms FORM,...] [--minutes M] [--threads N]
+    times the works of a study, as configs/paper_*.py have them; the same command goes on where it stopped (exit status 3: works are left)
+python -m prenorm_jax.measure profile {vit,gpt} SIZE --batch B [--norm N] [--basis B] [--coordinates C] [--inference] [--json FILE]
+    a step's device time by kernel and by part of the model, beside each part's floor
+"""
+
+import argparse
+import dataclasses
 import json
 import pathlib
 import sys
+from typing import Any
 
-from prenorm_jax.measure.comparison import answers_table, times_table
-from prenorm_jax.measure.equivalence import Report
+import jax
+
+from prenorm_jax.measure import counts, profile, study
+from prenorm_jax.measure.equivalence import Form, Report
+from prenorm_jax.measure.works import FAMILIES, KINDS, work
+from prenorm_jax.models.config import BASES, NORMS, ConfigError
+from prenorm_jax.training.compilation_cache import use_compilation_cache
+from prenorm_jax.training.experiment import COORDINATES
 
 
-def main(paths: list[str]) -> int:
-    """Prints the tables of each file; exit status 2 where one can't be read."""
-    if not paths:
-        print(__doc__, file=sys.stderr)
-        return 2
-    for path in paths:
+def print_tables(given: argparse.Namespace) -> int:
+    """Prints the tables of each file, and draws the pictures of a study; exit status 2 where one can't be read."""
+    for path in given.files:
         try:
             result = json.loads(pathlib.Path(path).read_text())
-            tables = [answers_table(result)]
-            tables.append(Report.of_json(result).as_markdown() if "errors" in result else times_table(result))
-            print("\n\n".join([path, *tables]) + "\n")
+            text = "\n\n".join(tables(result))
+            print(f"{path}\n\n{text}\n")
+            if given.into:
+                given.into.write_text(with_tables(given.into.read_text(), path, text))
+            if given.plot and "entries" in result:
+                from prenorm_jax.measure import pictures
+
+                pictures.study(result, pathlib.Path(f"{given.plot}.png"))
+                pictures.roofline(result, pathlib.Path(f"{given.plot}_roofline.png"))
         except (OSError, ValueError, KeyError) as error:
-            print(f"{path}: not as train.py or eval.py writes it ({error!r})", file=sys.stderr)
+            print(f"{path}: not as train.py, eval.py or `time` writes it ({error!r})", file=sys.stderr)
             return 2
     return 0
+
+
+def tables(result: dict[str, Any]) -> list[str]:
+    """The Markdown tables of what a JSON file holds, by the key that tells its kind. Raises KeyError for another kind."""
+    if "entries" in result:
+        return [study.table(result), study.details(result)]
+    if "peers" in result:
+        return [study.peers_table(result)]
+    if "kernels" in result:
+        kernels = [profile.Kernel(**row) for row in result["kernels"]]
+        head = f"{result['work']}, {result['form']}, {result['device']}, jax {result['jax']}"
+        return [head, profile.table(kernels, floors=result["floor_ms_by_part"])]
+    from prenorm_jax.measure.comparison import answers_table, times_table
+
+    second = Report.of_json(result).as_markdown() if "errors" in result else times_table(result)
+    return [answers_table(result), second]
+
+
+def with_tables(guide: str, path: str, text: str) -> str:
+    """A guide's text with the tables of a file between its marks. Raises ValueError where the guide has none.
+
+    >>> with_tables("a <!-- x.json --> old <!-- end --> b", "x.json", "new")
+    'a <!-- x.json -->\\n\\nnew\\n\\n<!-- end --> b'
+    """
+    before, mark, rest = guide.partition(f"<!-- {path} -->")
+    _, end, after = rest.partition("<!-- end -->")
+    if not end:
+        raise ValueError(f"the guide has no <!-- {path} --> with an <!-- end --> behind it")
+    return f"{before}{mark}\n\n{text}\n\n{end}{after}"
+
+
+def time_study(given: argparse.Namespace) -> int:
+    """Times what is left of a study; exit status 3 where the minutes did not suffice."""
+    wanted = study.read_study(given.config)
+    if given.only:
+        wanted = wanted.only(tuple(given.only.split(",")))
+    if given.forms:
+        wanted = dataclasses.replace(wanted, forms=tuple(given.forms.split(",")))
+    left = study.run(
+        wanted, given.out, seconds=60 * given.minutes, threads=given.threads, say=lambda text: print(text, flush=True)
+    )
+    if given.out.exists():
+        print(study.table(json.loads(given.out.read_text())))
+    for key in left:
+        print(f"left: {key}")
+    return 3 if left else 0
+
+
+def profile_step(given: argparse.Namespace) -> int:
+    """Traces one step and prints its device time by part and by kernel."""
+    use_compilation_cache()  # but not in time_study, which times compilation
+    kind = "inference" if given.inference else "training"
+    this, form = work(given.family, given.size, given.batch, kind, given.coordinates), Form(given.norm, given.basis)
+    kernels = profile.profile_work(this, form, given.steps)
+    result = {
+        "work": this.key,
+        "form": form.name,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "ms_by_part": profile.by_part(kernels),
+        "floor_ms_by_part": counts.floors(this.operations(form), counts.device() or counts.FLOOR_DEVICE),
+        "kernels": [dataclasses.asdict(kernel) for kernel in kernels],
+    }
+    print("\n\n".join(tables(result)))
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def read_flags(arguments: list[str]) -> argparse.Namespace:
+    """The command and its flags."""
+    parser = argparse.ArgumentParser(
+        prog="prenorm_jax.measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="{print,time,profile}")
+    flags = commands.add_parser("print")
+    flags.set_defaults(command=print_tables)
+    flags.add_argument("files", nargs="+", metavar="FILE")
+    flags.add_argument("--plot", metavar="PREFIX", help="draw a study into PREFIX.png and PREFIX_roofline.png")
+    flags.add_argument("--into", type=pathlib.Path, metavar="GUIDE", help="a Markdown file to put the tables into")
+
+    flags = commands.add_parser("time")
+    flags.set_defaults(command=time_study)
+    flags.add_argument("config", metavar="CONFIG[:ARG]")
+    flags.add_argument(
+        "--out", type=pathlib.Path, required=True, metavar="FILE", help="results; continued where it exists"
+    )
+    flags.add_argument("--only", metavar="WORD,...", help="works whose names hold all words, as in B/16,training")
+    flags.add_argument("--forms", metavar="FORM,...", help="pre_ln first; default: all, and both controls")
+    flags.add_argument(
+        "--minutes", type=float, default=8.5, help="begin no work that would end later; default %(default)s"
+    )
+    flags.add_argument(
+        "--threads", type=int, default=1, help="forms compiled at a time; default 1, which times compilation"
+    )
+
+    flags = commands.add_parser("profile")
+    flags.set_defaults(command=profile_step)
+    flags.add_argument("family", choices=FAMILIES)
+    flags.add_argument("size", help="B/16, small, ...")
+    flags.add_argument("--batch", type=int, required=True)
+    flags.add_argument("--norm", choices=NORMS, default="pre_ln")
+    flags.add_argument("--basis", choices=BASES, default="reflect")
+    flags.add_argument("--coordinates", choices=COORDINATES, default="native")
+    flags.add_argument("--inference", action="store_true", help=f"of {' and '.join(KINDS)}, the latter")
+    flags.add_argument("--steps", type=int, default=3, help="traced")
+    flags.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status: 0; 2 for what can't be (one line on stderr); 3 where a study has works left."""
+    given = read_flags(arguments)
+    try:
+        return int(given.command(given))
+    except ConfigError as error:
+        print(f"prenorm_jax.measure: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -105,10 +105,14 @@ def timings(experiment: Experiment, params: Tree) -> dict[str, dict[str, step_ti
     def case(work: str, form: step_time.Form) -> step_time.Case:
         config = form.of(experiment.model)
         if work == "inference":
-            return step_time.inference_case(config, params, batch["inputs"])
-        coordinates = "native" if work == "training, native" else "pre_ln"
+            # Mapped and rounded to the dtype of the computation once, as one would to serve it.
+            running = jax.jit(lambda params: _rounded(models.running(params, config), config.dtype))(params)
+            return step_time.inference_case(config, running, batch["inputs"])
+        native = work == "training, native"
+        own = jax.jit(lambda params: models.native(params, config))(params) if native else params
+        coordinates = "native" if native else "pre_ln"
         return step_time.training_case(
-            config, params, task, tx, batch, coordinates=coordinates, accumulate=settings.accumulate
+            config, own, task, tx, batch, coordinates=coordinates, accumulate=settings.accumulate
         )
 
     return {
@@ -142,6 +146,10 @@ def times_table(result: dict[str, Any]) -> str:
             cells.append(f"{ms:.2f} ms, {median:.3f} ({least:.3f} to {greatest:.3f})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _rounded(params: Tree, dtype: str) -> Tree:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def _device() -> str:

@@ -1,4 +1,4 @@
-"""The pictures that go with the tables: step-time bars, errors by dtype, the main branch by layer."""
+"""The pictures that go with the tables: step-time bars, the roofline, errors by dtype, the main branch by layer."""
 
 import pathlib
 from collections.abc import Mapping
@@ -8,6 +8,8 @@ import matplotlib as mpl
 import matplotlib.ticker
 import numpy as np
 from matplotlib.figure import Figure
+
+from prenorm_jax.measure.counts import DEVICES
 
 COLOURS = {
     "pre_ln": "#4c4c4c",
@@ -44,6 +46,56 @@ def step_times(times: Mapping[str, Mapping[str, Any]], path: pathlib.Path, title
         axes.set_xlabel("step time / pre_ln")
     figure.axes[0].invert_yaxis()
     figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def study(result: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Bars of the ratio to pre_ln with the range over windows, a group for each work of a study."""
+    entries = result["entries"]
+    forms = [form for form in entries[0]["rows"] if form != "pre_ln"]
+    figure = Figure(figsize=(max(6.0, 1.1 * len(entries) + 2), 4.2), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(forms)
+    for index, form in enumerate(forms):
+        ratios = np.array([entry["rows"][form]["ratio"] for entry in entries])
+        spread = np.abs(ratios[:, 1:].T - ratios[:, 0])
+        places = np.arange(len(entries)) + (index + 0.5) * width - 0.4
+        axes.bar(
+            places, ratios[:, 0], width, yerr=spread, label=form, color=COLOURS[form], error_kw={"elinewidth": 0.8}
+        )
+    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    least = min(row["ratio"][1] for entry in entries for row in entry["rows"].values())
+    axes.set_ylim(bottom=max(0.0, least - 0.05))
+    axes.set_xticks(range(len(entries)), [entry["key"].replace(", ", "\n") for entry in entries], fontsize=6)
+    axes.set_ylabel("step time / pre_ln")
+    axes.legend(fontsize=7, ncols=3)
+    axes.set_title(f"{result['study']}, {result['device']}, jax {result['versions']['jax']}", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def roofline(result: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Achieved TFLOP/s against the operations that each byte of the least traffic pays for, under the device's roofs where they are known:
+    the vendor's dashed, what a large product and a large copy reach solid."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    intensities = []
+    for form in result["entries"][0]["rows"]:
+        rows = [entry["rows"][form] for entry in result["entries"]]
+        x = [row["flops"]["causal"] / row["bytes"] for row in rows]
+        y = [row["flops"]["causal"] / np.median(row["windows_s"]) / 1e12 for row in rows]
+        axes.scatter(x, y, s=14, color=COLOURS[form], label=form)
+        intensities += x
+    device = DEVICES.get(result["device"])
+    if device:
+        span = np.geomspace(min(intensities) / 2, max(*intensities, 400.0) * 2)
+        axes.plot(span, np.minimum(device.product_flops, device.copy_bytes * span) / 1e12, color="black", linewidth=1)
+        axes.plot(span, np.minimum(device.peak_flops, device.peak_bytes * span) / 1e12, "--", color="grey", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations / byte of the least traffic")
+    axes.set_ylabel("TFLOP/s")
+    axes.legend(fontsize=7)
+    axes.set_title(f"{result['study']}, {result['device']}", fontsize=9)
     figure.savefig(path, dpi=130)
 
 

@@ -9,14 +9,18 @@ import dataclasses
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
+from prenorm_jax.measure.equivalence import Form
+from prenorm_jax.measure.works import Work
+
 PARTS: tuple[tuple[str, str], ...] = (
     ("attention", r"fmha|cudnn|dot_product_attention|attention/core"),
-    ("matrix products", r"cublas|__triton_gemm|gemm_fusion|\bdot\b|hopper_product"),
+    ("matrix products", r"cublas|__triton_gemm|gemm_fusion|\bdot\b|/dot_general$|hopper_product"),
     ("optimizer", r"optimizer"),
     ("weight map", r"weight_map"),
     ("loss", r"loss"),
@@ -53,8 +57,11 @@ def profile(step: Callable[[Any], Any], carry: Any, hlo: str, steps: int = 3) ->
             jax.block_until_ready(carry)
         (found,) = pathlib.Path(folder).rglob("*.xplane.pb")
         seconds: dict[str, list[float]] = collections.defaultdict(list)
-        for instruction, duration in _kernels(jax.profiler.ProfileData.from_file(str(found))):
-            seconds[instruction].append(duration)
+        with warnings.catch_warnings():
+            # Python 3.12 has one about the compiled types of jax's reader; as an error it would end the process.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            for instruction, duration in _kernels(jax.profiler.ProfileData.from_file(str(found))):
+                seconds[instruction].append(duration)
     scopes = _scopes(hlo)
     kernels = [
         Kernel(
@@ -63,6 +70,12 @@ def profile(step: Callable[[Any], Any], carry: Any, hlo: str, steps: int = 3) ->
         for name, times in seconds.items()
     ]
     return sorted(kernels, key=lambda kernel: -kernel.ms)
+
+
+def profile_work(work: Work, form: Form, steps: int = 3) -> list[Kernel]:
+    """Kernels of a work's step in a form."""
+    case = work.case(form)
+    return profile(case.step, case.carry, case.compiled.as_text(), steps)
 
 
 def by_part(kernels: list[Kernel]) -> dict[str, float]:
@@ -111,11 +124,15 @@ def _part(instruction: str, scope: str) -> str:
     return next((part for part, pattern in PARTS if re.search(pattern, text)), REST)
 
 
-def table(kernels: list[Kernel], rows: int = 25) -> str:
-    """Markdown: milliseconds by part, then the longest kernels."""
-    total = sum(kernel.ms for kernel in kernels)
-    lines = ["| part | ms | share |", "|---|---|---|"]
-    lines += [f"| {part} | {ms:.2f} | {ms / total:.1%} |" for part, ms in by_part(kernels).items()]
-    lines += [f"| all | {total:.2f} | |", "", "| kernel | part | ms | calls | named |", "|---|---|---|---|---|"]
+def table(kernels: list[Kernel], rows: int = 25, floors: Mapping[str, float] | None = None) -> str:
+    """Markdown: milliseconds by part, beside its floor where one is given (`counts.floors`), then the longest kernels."""
+    floors, parts = floors or {}, by_part(kernels)
+    total = sum(parts.values())
+    lines = ["| part | ms | share | floor, ms |", "|---|---|---|---|"]
+    for part in dict.fromkeys([*parts, *floors]):
+        ms = parts.get(part, 0.0)
+        lines.append(f"| {part} | {ms:.2f} | {ms / total:.1%} | {f'{floors[part]:.2f}' if part in floors else ''} |")
+    lines.append(f"| all | {total:.2f} | | {f'{sum(floors.values()):.2f}' if floors else ''} |")
+    lines += ["", "| kernel | part | ms | calls | named |", "|---|---|---|---|---|"]
     lines += [f"| {k.instruction} | {k.part} | {k.ms:.3f} | {k.calls:g} | {k.scope[-90:]} |" for k in kernels[:rows]]
     return "\n".join(lines)

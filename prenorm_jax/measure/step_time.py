@@ -19,7 +19,7 @@ import optax
 from prenorm_jax import models
 from prenorm_jax.measure.equivalence import EQUIVALENT, PRE_LN, Config, Form
 from prenorm_jax.paths import Tree
-from prenorm_jax.training.step import init_state, make_train_step
+from prenorm_jax.training.step import compiler_options, init_state, make_train_step
 from prenorm_jax.training.tasks import Task
 
 BASELINE = "pre_ln"
@@ -49,33 +49,64 @@ class Times:
         return float(np.median(ratios)), float(ratios.min()), float(ratios.max())
 
 
-Case = tuple[
-    Callable[[Any], Any], Any
-]  # a compiled step carry -> carry that may take the carry's memory, and the first carry
+@dataclasses.dataclass
+class Case:
+    """Something to time, and how far it has come: step(carry) -> carry, which may take the carry's memory.
+
+    Attributes:
+      compiled: the program behind `step`, where there is one.
+      compile_seconds: of tracing, lowering and compiling it.
+    """
+
+    step: Callable[[Any], Any]
+    carry: Any
+    compiled: Any = None
+    compile_seconds: float = 0.0
+
+    def run(self, steps: int) -> float:
+        """Takes steps, waits for the last of them, and returns the seconds of one."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.carry = self.step(self.carry)
+        jax.block_until_ready(self.carry)
+        return (time.perf_counter() - start) / steps
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The device memory that a step needs at once: what goes in, what comes out in memory of its own, and what lies between."""
+        found = self.compiled.memory_analysis() if self.compiled is not None else None
+        if found is None:
+            return None
+        outside = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        return int(outside + found.temp_size_in_bytes)
 
 
 def interleaved(cases: Mapping[str, Case], *, warmup_steps: int, window_steps: int, windows: int) -> dict[str, Times]:
     """Times of each case, windows interleaved.
 
     Args:
-      cases: name -> (step, carry): step(carry) -> carry.
+      cases: by name; each goes on from where it is.
       warmup_steps: before the first window, for each case.
       window_steps, windows: steps of a window; windows of a case.
     """
-    carries = {name: _steps(step, carry, warmup_steps) for name, (step, carry) in cases.items()}
+    return _in_turn(cases, warmup_steps, windows, lambda case: [case.run(window_steps)])
+
+
+def latencies(cases: Mapping[str, Case], *, rounds: int, calls: int) -> dict[str, Times]:
+    """Seconds of single calls of each case, with a wait after each: `rounds` turns of `calls` calls in a row."""
+    return _in_turn(cases, 1, rounds, lambda case: [case.run(1) for _ in range(calls)])
+
+
+def _in_turn(
+    cases: Mapping[str, Case], warmup_steps: int, rounds: int, timed: Callable[[Case], list[float]]
+) -> dict[str, Times]:
+    for case in cases.values():
+        case.run(warmup_steps)
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(windows):
-        for name, (step, _) in cases.items():
-            start = time.perf_counter()
-            carries[name] = _steps(step, carries[name], window_steps)
-            seconds[name].append((time.perf_counter() - start) / window_steps)
+    for _ in range(rounds):
+        for name, case in cases.items():
+            seconds[name] += timed(case)
     return {name: Times(tuple(values)) for name, values in seconds.items()}
-
-
-def _steps(step: Callable[[Any], Any], carry: Any, count: int) -> Any:
-    for _ in range(count):
-        carry = step(carry)
-    return jax.block_until_ready(carry)
 
 
 def training_case(
@@ -88,19 +119,17 @@ def training_case(
     coordinates: str,
     accumulate: int = 1,
 ) -> Case:
-    """The step that trains, from Pre-LN `params`, in the given coordinates, on one batch."""
-    own = jax.jit(lambda params: models.native(params, config))(params) if coordinates == "native" else params
+    """The step that trains `params`, which are in the given coordinates, on one batch."""
     # A copy, since the step takes its state's memory and the next case begins from the same parameters.
-    state = init_state(jax.tree.map(jnp.copy, own), tx)
+    state = init_state(jax.tree.map(jnp.array, params), tx)
     batch = jax.tree.map(jnp.asarray, dict(batch))
     step = make_train_step(config, task, tx, coordinates=coordinates, accumulate=accumulate)
-    compiled = step.lower(state, batch).compile()  # type: ignore[attr-defined]
-    return lambda state: compiled(state, batch)[0], state
+    compiled, seconds = _compiled(step, state, batch)
+    return Case(lambda state: compiled(state, batch)[0], state, compiled, seconds)
 
 
-def inference_case(config: Config, params: Tree, inputs: Any) -> Case:
-    """Logits of one batch, from Pre-LN `params` mapped once; the carry only makes one call wait for the one before."""
-    running = jax.jit(lambda params: models.running(params, config))(params)
+def inference_case(config: Config, running: Tree, inputs: Any) -> Case:
+    """Logits of one batch from running parameters; the carry only makes one call wait for the one before."""
     inputs = jnp.asarray(inputs)
 
     def infer(carry: jax.Array, running: Tree, inputs: jax.Array) -> jax.Array:
@@ -109,5 +138,11 @@ def inference_case(config: Config, params: Tree, inputs: Any) -> Case:
         return logits.max().astype(jnp.float32)
 
     carry = jnp.zeros((), jnp.float32)
-    compiled = jax.jit(infer).lower(carry, running, inputs).compile()
-    return lambda carry: compiled(carry, running, inputs), carry
+    compiled, seconds = _compiled(jax.jit(infer, compiler_options=compiler_options()), carry, running, inputs)
+    return Case(lambda carry: compiled(carry, running, inputs), carry, compiled, seconds)
+
+
+def _compiled(function: Any, *arguments: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    compiled = function.lower(*arguments).compile()
+    return compiled, time.perf_counter() - start

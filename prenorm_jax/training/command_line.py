@@ -34,6 +34,10 @@ def read_config(config: str, fields: Sequence[str]) -> tuple[Experiment, str]:
     spec: Any = importlib.util.spec_from_file_location("config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(
+            f"--config: {path} has no get_config(arg); allowed: a config of an experiment, as in configs/gpt.py"
+        )
     tree = module.get_config(arg).to_dict()
     for field in fields:
         if not (parts := re.fullmatch(r"--config\.([\w.]+)=(.*)", field, re.DOTALL)):

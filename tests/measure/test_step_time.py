@@ -32,7 +32,7 @@ def test_windows_take_turns_and_chain_their_state(monkeypatch):
     def step(name):
         return lambda carry: calls.append((name, carry)) or carry + 1
 
-    cases = {name: (step(name), 0) for name in "AB"}
+    cases = {name: step_time.Case(step(name), 0) for name in "AB"}
     times = step_time.interleaved(cases, warmup_steps=1, window_steps=2, windows=2)
     assert calls == [("A", 0), ("B", 0), *[(n, c) for w in (1, 3) for n in "AB" for c in (w, w + 1)]]
     assert times["A"].windows == (0.5, 0.5)
@@ -51,13 +51,12 @@ def test_what_is_timed_is_the_step_that_trains():
         config = dataclasses.replace(EXPERIMENT.model, norm="pre_crmsnorm")
         tx = comparison.make_optimizer(EXPERIMENT.optimizer, 4)
         batch = next(comparison.data.train_batches(comparison.data.load(EXPERIMENT).train, EXPERIMENT.data, 4))
-        step, state = step_time.training_case(
-            config, params, comparison.task_of(EXPERIMENT), tx, batch, coordinates=coordinates
-        )
-        before = jax.tree.map(np.array, state.params)
-        after = step(step(state))
-        assert int(after.step) == 2
-        moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, after.params)
+        own = models.native(params, config) if coordinates == "native" else params
+        case = step_time.training_case(config, own, comparison.task_of(EXPERIMENT), tx, batch, coordinates=coordinates)
+        before = jax.tree.map(np.array, case.carry.params)
+        case.run(2)
+        assert int(case.carry.step) == 2
+        moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, case.carry.params)
         assert all(jax.tree.leaves(moved["blocks"]["0"]["mlp"]))
     # The parameters that a case begins from are the caller's still, though the step takes its state's memory.
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), kept, params)))

@@ -1,0 +1,133 @@
+"""What a step has to compute and to move, from shapes alone: what MFU is a fraction of, and the floor below each part of a profile.
+
+With M rows (tokens), a product of (M, K) by (K, N) takes 2 M K N operations and moves M K + K N + M N numbers; the attention of a layer
+takes 4 D operations for each pair of a query and a key (two products of 2 K for each of H heads, D = H K). A training step takes three
+times the operations of a forward pass, and three times the bytes of its products: one product more for the gradient of either side.
+Recomputation is not counted: this is what the mathematics asks for, not what a program does.
+
+Two conventions of counting attention are in use. "full" counts all L^2 pairs of a sequence (Chowdhery et al., 2022, appendix B), "causal"
+only the L (L + 1) / 2 that a causal mask leaves. Without a mask they are the same. Norms, GELU, softmax and the optimizer count as no
+operations in either.
+
+Bytes of the other parts, each tensor read once and written once, a and p the bytes of a number of the computation and of a parameter:
+
+    attention            forward 4 M D a (q, k, v, output), backward 8 M D a (those, their gradients)
+    GELU                 forward 2 M F a, backward 3 M F a
+    norms and residuals  forward 2 M D a for each norm (main branch, normalised value), backward 4 M D a (main branch, gradient of the
+                         value, gradient of the main branch in and out); additions ride on the products before them
+    loss                 the logits once forward, once backward, and their gradient
+    optimizer            7 p for each parameter: parameter, two moments, gradient in; parameter, two moments out
+    weight map           p + a for each parameter, and in Pre-LN coordinates as much again for the gradient
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from prenorm_jax import models
+from prenorm_jax.models import GPTConfig, ViTConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a device can do in a second: bf16 operations and bytes, as its vendor says and as a large product and a large copy reach."""
+
+    peak_flops: float
+    peak_bytes: float
+    product_flops: float
+    copy_bytes: float
+
+
+DEVICES: dict[str, Device] = {
+    "NVIDIA H200": Device(989e12, 4.8e12, 790e12, 4.3e12),
+    "NVIDIA H100 80GB HBM3": Device(989e12, 3.35e12, 798e12, 3.0e12),
+}
+"""Device by what JAX calls its kind. NVIDIA's data sheets (dense bf16), and products of 8192^3 and copies of 8.6 GB as measured."""
+FLOOR_DEVICE = DEVICES["NVIDIA H200"]  # whose floors are told where the device is another
+
+
+def device() -> Device | None:
+    """This process's device, if it is in `DEVICES`."""
+    return DEVICES.get(jax.devices()[0].device_kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One thing that a step has to do: the part of a profile it belongs to, its operations by convention, and its bytes."""
+
+    part: str
+    full: float = 0.0
+    causal: float = 0.0
+    bytes: float = 0.0
+
+    def floor(self, device: Device) -> float:
+        """Seconds below which it can't be done, by what a large product and a large copy reach."""
+        return max(self.causal / device.product_flops, self.bytes / device.copy_bytes)
+
+
+def operations(
+    config: ViTConfig | GPTConfig, batch: int, *, training: bool, coordinates: str = "native"
+) -> list[Operation]:
+    """What a step of a model on `batch` examples has to do: a forward pass, and in training the rest too.
+
+    Args:
+      config: of the variant that runs; a GPT sees its whole context.
+      coordinates: in which it is trained.
+
+    >>> sum(each.full for each in operations(models.vit_config("B/16"), 1, training=False)) / 1e9
+    35.127...
+    """
+    causal = isinstance(config, GPTConfig)
+    length = config.context if isinstance(config, GPTConfig) else config.tokens
+    rows, width, depth, hidden = batch * length, config.width, config.depth, config.mlp_width
+    a, p = (np.dtype(getattr(jax.numpy, name)).itemsize for name in (config.dtype, config.param_dtype))
+
+    products = [(rows, width, width, 4 * depth), (rows, width, hidden, depth), (rows, hidden, width, depth)]
+    if isinstance(config, GPTConfig):
+        judged, classes, normed = rows, config.padded_vocab, rows
+    else:
+        judged, classes, normed = batch, config.classes, batch if config.pool == "cls" else rows
+        products.append((batch * config.patches, config.patch_size**2 * config.channels, width, 1))
+    products.append((judged, width, classes, 1))
+
+    passes = 3 if training else 1
+    found = []
+    for m, k, n, count in products:
+        flops = 2.0 * m * k * n * count * passes
+        found.append(Operation("matrix products", flops, flops, (m * k + k * n + m * n) * a * count * passes))
+
+    pairs = batch * length * length
+    seen = batch * length * (length + 1) // 2 if causal else pairs
+    norms = 0 if config.norm == "no_norm" else 2 * depth * rows + normed
+
+    def attention(times: int, tensors: int) -> Operation:
+        flops = 4.0 * width * depth * times
+        return Operation("attention", flops * pairs, flops * seen, tensors * rows * width * a * depth)
+
+    found += [
+        attention(1, 4),
+        Operation("GELU", bytes=2 * rows * hidden * a * depth),
+        Operation("norms and residuals", bytes=2 * norms * width * a),
+    ]
+    if not training:
+        return found
+    parameters = models.count(config)
+    mapped_back = coordinates == "pre_ln" and config.norm != "pre_ln"
+    return [
+        *found,
+        attention(2, 8),
+        Operation("GELU", bytes=3 * rows * hidden * a * depth),
+        Operation("norms and residuals", bytes=4 * norms * width * a),
+        Operation("loss", bytes=3 * judged * classes * a),
+        Operation("optimizer", bytes=7 * p * parameters),
+        Operation("weight map", bytes=(p + a) * parameters * (2 if mapped_back else 1)),
+    ]
+
+
+def floors(found: list[Operation], device: Device = FLOOR_DEVICE) -> dict[str, float]:
+    """Milliseconds of each part that a device can't go below."""
+    sums: dict[str, float] = {}
+    for each in found:
+        sums[each.part] = sums.get(each.part, 0.0) + 1e3 * each.floor(device)
+    return sums
