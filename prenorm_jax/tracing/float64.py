@@ -32,7 +32,9 @@ _WIDENED = names(
     "broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice rev concatenate pad "
     "split reduce_sum reduce_max reduce_min reduce_prod cumsum cumprod cummax cummin cumlogsumexp tile gather "
     "scatter scatter-add scatter_add name sharding_constraint optimization_barrier is_finite sort clamp "
-    "expand_dims"
+    "expand_dims stack unstack broadcast_to reshard layout_constraint relayout pvary tan asin acos atan atan2 sinh cosh asinh acosh "
+    "atanh rem floor ceil round lgamma digamma log2 top_k argmax argmin scatter-sub scatter-mul scatter-min scatter-max "
+    "reduce_window_sum reduce_window_max reduce_window_min"
 )
 
 

@@ -83,6 +83,35 @@ def _dot_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axe
 register_rule("dot_general", shift=_dot_shift, zero=_dot_zero)
 
 
+def _ragged_axes(eqn: Any) -> list[int | None]:
+    """For each axis of a grouped product's result, the axis of the second operand that it is; None for the first operand's.
+
+    Rows that belong to no group are zero: shifted by nothing, and zero-mean."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (left_sum, right_sum), (left_batch, right_batch) = numbers.dot_dimension_numbers
+    left, right = (range(len(shape_of(a))) for a in eqn.invars[:2])
+    rows = [a for a in left if a not in left_sum and a not in left_batch]
+    grouped = set(numbers.rhs_group_dimensions)
+    if len(grouped) != 1 or any(a not in rows for a in numbers.lhs_ragged_dimensions):
+        return []
+    free = [a for a in right if a not in right_sum and a not in right_batch and a not in grouped]
+    return [*(None for _ in left_batch), *(None for _ in rows), *free]
+
+
+def _ragged_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
+    found = _ragged_axes(eqn)
+    return {0: tuple(found.index(a) for a in axes)} if i == 1 and set(axes) <= set(found) else None
+
+
+def _ragged_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
+    found = _ragged_axes(eqn)
+    inner = [found[a] for a in axes] if found else [None]
+    return None if None in inner else [(1, tuple(a for a in inner if a is not None))]
+
+
+register_rule("ragged_dot_general", shift=_ragged_shift, zero=_ragged_zero)
+
+
 def _conv_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
     numbers, plain = eqn.params["dimension_numbers"], _ungrouped(eqn)
     if i != 1 or not plain or axes != (numbers.rhs_spec[0],):
@@ -155,5 +184,5 @@ def _scatter_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int,
     return [(0, axes), (2, tuple(sorted(windows[a] for a in axes)))]
 
 
-for _name in ("scatter", "scatter-add", "scatter_add"):
+for _name in ("scatter", "scatter-add", "scatter_add", "scatter-sub"):
     register_rule(_name, shift=_scatter_shift, zero=_scatter_zero)

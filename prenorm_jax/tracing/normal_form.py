@@ -80,8 +80,8 @@ class _Normalizer:
                 inner_env.update({v: literal(c, v.aval) for v, c in zip(inner.constvars, consts, strict=True)})
                 self.emit(inner, inner_env, eqns, seen, _join(scope, eqn))
                 outs = [_read(inner_env, a) for a in inner.outvars]
-            elif (as_sum := _as_sum(eqn, name, args, [self.number(a) for a in args])) is not None:
-                inner, _ = open_program(as_sum)
+            elif (plainer := _as_sum(eqn, name, args, [self.number(a) for a in args]) or _as_mul(eqn, name)) is not None:
+                inner, _ = open_program(plainer)
                 inner_env = dict(zip(inner.invars, args, strict=True))
                 self.emit(inner, inner_env, eqns, seen, _join(scope, eqn))
                 outs = [_read(inner_env, inner.outvars[0])]
@@ -159,6 +159,27 @@ def _as_sum(eqn: Any, name: str, args: list, numbers: list[float | None]) -> Any
         return jax.lax.broadcast_in_dim(kept * np.asarray(numbers[k], kept.dtype), out, places)
 
     return jax.make_jaxpr(rewritten)(*(jax.ShapeDtypeStruct(shape_of(a), a.aval.dtype) for a in args))
+
+
+def _as_mul(eqn: Any, name: str) -> Any:
+    """A product without a sum, as einsum("bd,d->bd") writes it, as an elementwise one."""
+    if name != "dot_general" or any(eqn.params["dimension_numbers"][0]):
+        return None
+    if any(a.aval.dtype != eqn.outvars[0].aval.dtype or not is_float(a) for a in eqn.invars):
+        return None
+    left, right = eqn.params["dimension_numbers"][1]
+    shapes = [shape_of(a) for a in eqn.invars]
+
+    def rewritten(*pair: Any) -> Any:
+        orders = [[*own, *(a for a in range(len(shape)) if a not in own)] for own, shape in zip((left, right), shapes, strict=True)]
+        a, b = (jax.lax.transpose(x, order) for x, order in zip(pair, orders, strict=True))
+        before, rows, columns = len(left), a.ndim - len(left), b.ndim - len(left)
+        a = jax.lax.expand_dims(a, range(before + rows, before + rows + columns))
+        b = jax.lax.expand_dims(b, range(before, before + rows))
+        return a * b if a.shape == b.shape else jax.lax.mul(*(jax.lax.broadcast_in_dim(x, out, range(x.ndim)) for x in (a, b)))
+
+    out = shape_of(eqn.outvars[0])
+    return jax.make_jaxpr(rewritten)(*(jax.ShapeDtypeStruct(shape_of(a), a.aval.dtype) for a in eqn.invars))
 
 
 def _join(scope: str, eqn: Any) -> str:
