@@ -200,18 +200,29 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+LIBRARIES = ("/jax/", "/jaxlib/", "/flax/", "/haiku/", "/equinox/", "/penzai/", "/prenorm_jax/norms", "<frozen", "<string")
+
+
 def where(eqn: Any) -> str:
-    """Where an equation comes from: its name scopes and the first line outside JAX, as far as JAX recorded them."""
-    stack = str(eqn.source_info.name_stack)
-    line = ""
-    for frame in _frames(eqn):
-        path = str(frame.file_name)
-        if not any(
-            part in path for part in ("/jax/", "/jaxlib/", "/flax/", "/haiku/", "/equinox/", "<frozen", "<string")
-        ):
-            line = f"{path.rsplit('/', 1)[-1]}:{frame.line_num} ({frame.function_name})"
-            break
-    return " at ".join(s for s in (stack, line) if s) or eqn.primitive.name
+    """Where an equation comes from: its name scopes and its line in the caller's code, as far as JAX recorded them."""
+    scopes = "/".join(s for s in str(eqn.source_info.name_stack).split("/") if s and not s.endswith(")"))
+    return " at ".join(s for s in (scopes, line_of(eqn)) if s) or eqn.primitive.name
+
+
+def line_of(eqn: Any) -> str:
+    """The innermost line behind an equation that is neither a library's nor a norm function's own; "" where none is recorded."""
+    frames = [f for f in _frames(eqn) if not any(part in str(f.file_name) for part in LIBRARIES)]
+    outside = [f for f in frames if not _is_norm(str(f.function_name))] or frames
+    if not outside:
+        return ""
+    name = str(outside[0].function_name).replace("<locals>.", "")
+    return f"{str(outside[0].file_name).rsplit('/', 1)[-1]}:{outside[0].line_num} ({name})"
+
+
+def _is_norm(function: str) -> bool:
+    """Whether a function is named after what it normalizes: the line that calls it says more."""
+    *owners, own = function.lower().split(".")
+    return "norm" in own or own in ("ln", "_ln") or (bool(owners) and owners[-1].endswith("norm"))
 
 
 def _frames(eqn: Any) -> Iterator[Any]:

@@ -12,20 +12,21 @@ from typing import Any
 
 from prenorm_jax.tracing.algebra import CONVERSIONS
 from prenorm_jax.tracing.flow import Body, Flow
-from prenorm_jax.tracing.jaxprs import Axes, is_float, is_var, scalar_value, shape_of, where
+from prenorm_jax.tracing.jaxprs import Axes, is_float, is_var, scalar_value, shape_of
 from prenorm_jax.tracing.shift import Node, Shifts
 
 
 @dataclasses.dataclass(eq=False)
 class Site:
-    """One mean subtraction: x over `axes`, the equations that sum x, and the values that equal x - mean(x) up to a number."""
+    """One mean subtraction: x over `axes`, the equations that sum x, the values that equal x - mean(x) up to a number, and all values
+    in which x's mean has cancelled."""
 
     x: Any
     axes: Axes
     sums: list[Any]
     centered: list[Node]
+    cancelled: list[Any]
     body: Body
-    where: str
 
     @property
     def width(self) -> int:
@@ -52,8 +53,7 @@ def find_sites(flow: Flow, shifts: Shifts) -> list[Site]:
                 continue
             found = shifts.explore(x, axes)
             if found.sums and found.cancelled:
-                first = flow.definer[found.cancelled[0]][0]
-                sites[x, axes] = Site(x, axes, found.sums, found.centered, body, where(first))
+                sites[x, axes] = Site(x, axes, found.sums, found.centered, found.cancelled, body)
     return sorted(sites.values(), key=lambda s: flow.order[id(s.sums[0])])
 
 
