@@ -20,7 +20,7 @@ Dims = tuple[int, ...]
 Term = tuple[P.Poly, Dims]
 
 ARITHMETIC = names("add sub mul div add_any square integer_pow pow")
-CONVERSIONS = names("convert_element_type copy copy_p reduce_precision")
+CONVERSIONS = names("convert_element_type copy copy_p reduce_precision pvary")
 MOVES = names("broadcast_in_dim reshape squeeze transpose")
 
 
@@ -175,11 +175,12 @@ class Algebra:
         summed = {value.dims[k] for k in wide}
         if summed != set(self.axes) or any(shape_of(atom)[k] != self.shape[value.dims[k]] for k in wide):
             return None
-        poly = P.total_over_axes(value.poly, self.n, self.varies, self._name_sum)
+        poly = P.total_over_axes(value.poly, self.n, self.varies, self.name_sum)
         left = tuple(a for k, a in enumerate(value.dims) if k not in axes)
         return None if poly is None else (poly, left)
 
-    def _name_sum(self, inside: P.Monomial) -> int:
+    def name_sum(self, inside: Any) -> int:
+        """The symbol of a sum."""
         return self.names.setdefault(("sum", inside), P.FIRST + len(self.names))
 
     def _row_product(self, eqn: Any) -> Term | None:

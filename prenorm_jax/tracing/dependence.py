@@ -16,7 +16,7 @@ from prenorm_jax.tracing import linear_rules  # noqa: F401  (it registers its ru
 from prenorm_jax.tracing import polynomials as P
 from prenorm_jax.tracing.algebra import MOVES, Algebra, Dims, Tracked
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import Axes, is_float, is_var, names, shape_of, where
+from prenorm_jax.tracing.jaxprs import Axes, custom_name, has_side_effect, is_float, is_var, names, shape_of, where
 from prenorm_jax.tracing.rules import ConstantAlong, has_rule, rule_for
 
 Node = tuple[Any, Axes]
@@ -32,6 +32,9 @@ class Exploration:
     sums: list[Any] = dataclasses.field(default_factory=list)  # equations that sum x over A
     centered: list[Node] = dataclasses.field(default_factory=list)  # values equal to x - mean(x), up to a number
     cancelled: list[Any] = dataclasses.field(default_factory=list)  # values with x in them that a shift does not change
+    across: list[Any] = dataclasses.field(
+        default_factory=list
+    )  # values from which a mean over several devices was subtracted
 
     def fail(self, reason: str) -> None:
         self.failure = self.failure or reason
@@ -48,6 +51,7 @@ class Explorer:
         self.tracked = self.algebra.tracked
         self.queue: list[tuple[int, Any]] = []
         self.queued: set[int] = set()
+        self.shared: set[int] = set()  # symbols of means over several devices
         self.found = Exploration()
         all_dims = tuple(range(len(self.shape)))
         self.track(var, Tracked(P.symbol(P.X), all_dims, P.symbol(P.S)))
@@ -66,8 +70,14 @@ class Explorer:
         if not value.live():
             if any(P.X in m for m in value.poly):
                 self.found.cancelled.append(var)
+            if self.shared.intersection(*value.poly) if len(value.poly) == 1 else False:
+                self.push(var)
             return
         self.leave(var, value)
+        self.push(var)
+
+    def push(self, var: Any) -> None:
+        """Visit the uses of a value."""
         for eqn, _ in self.flow.uses.get(var, ()):
             if id(eqn) not in self.queued:
                 self.queued.add(id(eqn))
@@ -89,13 +99,18 @@ class Explorer:
             elif axes is None:
                 self.found.fail("a sub-program returns what was derived from it")
             else:
-                self.need_all(targets, axes)
+                self.need_all(var, targets, axes)
 
-    def need_all(self, targets: list[tuple[Any, int]], axes: Axes) -> None:
+    def need_all(self, var: Any, targets: list[tuple[Any, int]], axes: Axes) -> None:
         for target, delta in targets:
-            moved = tuple(a - delta for a in axes)
-            if any(a < 0 for a in moved):
-                self.found.fail("the axis is the one a scan iterates over")
+            moved = self.flow.carried(var, axes, target, delta)
+            if moved is None:
+                split = (
+                    "is the one a scan iterates over"
+                    if delta
+                    else "is sharded over devices, so its mean is taken across them"
+                )
+                self.found.fail(f"the axis {split}")
             else:
                 self.found.needs.append((target, moved))
 
@@ -132,6 +147,8 @@ class Explorer:
             self.found.fail(f"its use grows too large to follow at {where(eqn)}")
             return
         value = Tracked(poly, dims, change)
+        if self.shared and (P.X,) in poly and any(self.shared.intersection(m) for m in poly):
+            self.found.across.append(out)
         if self.cut and eqn.primitive.name in ("add", "sub", "add_any") and self.is_stream(value):
             axes = self.shifted_axes(out, value)
             if axes is not None:
@@ -153,9 +170,11 @@ class Explorer:
         axes = self.shifted_axes(atom, self.tracked[atom])
         inside = self.flow.inputs(eqn, i)
         name = eqn.primitive.name
-        if axes is None:
+        if axes is None and name in SUMS_OVER_DEVICES:
+            self.summed_over_devices(eqn, i)
+        elif axes is None:
             self.found.fail(f"a mean of it is used in {name} at {where(eqn)}")
-        elif eqn.effects and inside is None:
+        elif has_side_effect(eqn) and inside is None:
             self.found.fail(f"it has a side effect in {name} at {where(eqn)}")
         elif inside is not None:
             children = self.flow.bodies_of[id(eqn)]
@@ -166,7 +185,7 @@ class Explorer:
             elif not inside:
                 self.found.fail(f"it steers {name} at {where(eqn)}")
             else:
-                self.need_all(inside, axes)
+                self.need_all(atom, inside, axes)
                 self.found.needs += [(v, axes) for v in self.flow.passed_through(eqn, i)]
         else:
             moved = rule_for(name).shift(eqn, i, axes, self.facts)
@@ -176,13 +195,19 @@ class Explorer:
             else:
                 self.found.needs += [(eqn.outvars[j], tuple(axes_j)) for j, axes_j in moved.items()]
 
+    def summed_over_devices(self, eqn: Any, i: int) -> None:
+        """A sum of it goes on to be summed over devices: a mean over features that they share, which no device can drop."""
+        self.found.fail(f"its features are sharded over devices, and its mean is taken across them at {where(eqn)}")
+        value = self.tracked[eqn.invars[i]]
+        if value.poly and all(m == (P.M1,) for m in value.poly):
+            name = self.algebra.name_sum(("devices", id(eqn), i))
+            self.tracked[eqn.outvars[i]] = Tracked(P.symbol(name), value.dims, {})
+            self.shared.add(name)
+            self.push(eqn.outvars[i])
 
+
+SUMS_OVER_DEVICES = names("psum psum_invariant")
 KNOWN_READERS = names(
     "exp log tanh logistic erf max min abs sign rsqrt sqrt pow sin cos argmax argmin sort top_k reduce_max "
     "reduce_min eq lt gt le ge is_finite cumprod cumlogsumexp"
 )
-
-
-def custom_name(eqn: Any) -> str:
-    """The name of a custom_jvp or custom_vjp function, as far as JAX recorded it."""
-    return str(eqn.params.get("name") or eqn.primitive.name)

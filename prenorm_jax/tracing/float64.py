@@ -18,6 +18,7 @@ from prenorm_jax.tracing.jaxprs import (
     CUSTOM,
     INLINED,
     Program,
+    Varying,
     bind,
     is_float,
     is_var,
@@ -34,7 +35,8 @@ _WIDENED = names(
     "scatter scatter-add scatter_add name sharding_constraint optimization_barrier is_finite sort clamp "
     "expand_dims stack unstack broadcast_to reshard layout_constraint relayout pvary tan asin acos atan atan2 sinh cosh asinh acosh "
     "atanh rem floor ceil round lgamma digamma log2 top_k argmax argmin scatter-sub scatter-mul scatter-min scatter-max "
-    "reduce_window_sum reduce_window_max reduce_window_min"
+    "reduce_window_sum reduce_window_max reduce_window_min psum psum_invariant pmin pmax ppermute pbroadcast preduced all_gather "
+    "all_gather_invariant reduce_scatter all_to_all"
 )
 
 
@@ -63,7 +65,9 @@ def _run(jaxpr: Any, consts: list, args: list) -> list:
     env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
 
     def read(atom: Any) -> Any:
-        return env[atom] if is_var(atom) else _wide(np.asarray(atom.val, atom.aval.dtype))
+        if is_var(atom):
+            return env[atom]
+        return _wide(atom.bound() if isinstance(atom, Varying) else np.asarray(atom.val, atom.aval.dtype))
 
     last_use = {a: k for k, e in enumerate(jaxpr.eqns) for a in e.invars if is_var(a)}
     kept = {a for a in jaxpr.outvars if is_var(a)}
@@ -139,6 +143,20 @@ def _cond(eqn: Any, args: list) -> list:
     return list(jax.lax.switch(jnp.asarray(args[0], jnp.int32), runs, *args[1:]))
 
 
+def _shard_map(eqn: Any, args: list) -> list:
+    params = eqn.params
+    body = open_program(params["jaxpr"])[0]
+    run = jax.shard_map(
+        lambda *a: tuple(_run(body, [], list(a))),
+        mesh=params["mesh"],
+        in_specs=tuple(params["in_specs"]),
+        out_specs=tuple(params["out_specs"]),
+        axis_names=set(params["newly_manual_axes"]),
+        check_vma=params["check_vma"],
+    )
+    return list(run(*args))
+
+
 def _strong(value: Any) -> Any:
     """Without a weak type, so that a loop's carry keeps its type."""
     if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
@@ -146,5 +164,6 @@ def _strong(value: Any) -> Any:
     return jax.lax.convert_element_type(value, value.dtype)
 
 
-_STRUCTURED = {"scan": _scan, "while": _while, "cond": _cond, "remat2": _call, "remat": _call, "checkpoint": _call}
+_STRUCTURED = {"scan": _scan, "while": _while, "cond": _cond, "shard_map": _shard_map}
+_STRUCTURED |= dict.fromkeys(("remat2", "remat", "checkpoint"), _call)
 _STRUCTURED |= dict.fromkeys((*INLINED, *CUSTOM), _call)

@@ -17,7 +17,7 @@ from prenorm_jax.tracing.sites import Site
 
 _THROUGH = names(
     "convert_element_type reshape transpose squeeze broadcast_in_dim copy copy_p name sharding_constraint slice dynamic_slice gather "
-    "neg reduce_precision optimization_barrier"
+    "neg reduce_precision optimization_barrier pvary"
 )
 _MOST_STEPS = 200
 
@@ -72,7 +72,9 @@ def labels_of(views: Views, site: Site) -> list[Label]:
             elif name in _THROUGH:
                 moved = rule_for(name).shift(eqn, i, (axis,), views.facts) or {}
                 stack += [(eqn.outvars[j], axes[0], scale) for j, axes in moved.items() if len(axes) == 1]
-            elif (inside := views.flow.inputs(eqn, i)) is not None and views.flow.bodies_of[id(eqn)][0].role == "region":
+            elif (inside := views.flow.inputs(eqn, i)) is not None and views.flow.bodies_of[id(eqn)][
+                0
+            ].role == "region":
                 stack += [(v, axis, scale) for v, _ in inside]
     if not scales:
         return [Label((), where(first))]

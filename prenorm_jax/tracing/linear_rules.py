@@ -186,3 +186,59 @@ def _scatter_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int,
 
 for _name in ("scatter", "scatter-add", "scatter_add", "scatter-sub"):
     register_rule(_name, shift=_scatter_shift, zero=_scatter_zero)
+
+
+# --- across devices: sums and moves of what each device holds, along other axes than those of the array -----------------------
+
+
+def _each_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
+    return None if eqn.params.get("axis_index_groups") is not None else {i: axes}
+
+
+def _each_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
+    return [(j, axes)]
+
+
+for _name in ("psum", "psum_invariant", "ppermute", "pbroadcast", "preduced"):
+    register_rule(_name, shift=_each_shift, zero=_each_zero)
+
+
+def _gathered(eqn: Any, axes: Axes, back: bool) -> Axes | None:
+    """Axes of an all-gather's result (operand) for those of its operand (result)."""
+    at, tiled = eqn.params["all_gather_dimension"], eqn.params["tiled"]
+    if at in axes and (tiled or back):
+        return None
+    if tiled:
+        return axes
+    return tuple(a - (a > at) if back else a + (a >= at) for a in axes)
+
+
+def _all_gather_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
+    found = _gathered(eqn, axes, back=False)
+    return None if found is None else {0: found}
+
+
+def _all_gather_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
+    found = _gathered(eqn, axes, back=True)
+    return None if found is None else [(0, found)]
+
+
+for _name in ("all_gather", "all_gather_invariant"):
+    register_rule(_name, shift=_all_gather_shift, zero=_all_gather_zero)
+
+
+def _scattered(eqn: Any, axes: Axes) -> bool:
+    moved = {eqn.params.get(k) for k in ("scatter_dimension", "split_axis", "concat_axis")} - {None}
+    return bool(eqn.params["tiled"]) and moved.isdisjoint(axes)
+
+
+def _scattered_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
+    return {0: axes} if _scattered(eqn, axes) else None
+
+
+def _scattered_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
+    return [(0, axes)] if _scattered(eqn, axes) else None
+
+
+for _name in ("reduce_scatter", "all_to_all"):
+    register_rule(_name, shift=_scattered_shift, zero=_scattered_zero)

@@ -22,6 +22,7 @@ from prenorm_jax.tracing.jaxprs import (
     CUSTOM,
     INLINED,
     Program,
+    Varying,
     bodies_in,
     close_like,
     is_float,
@@ -80,7 +81,9 @@ class _Normalizer:
                 inner_env.update({v: literal(c, v.aval) for v, c in zip(inner.constvars, consts, strict=True)})
                 self.emit(inner, inner_env, eqns, seen, _join(scope, eqn))
                 outs = [_read(inner_env, a) for a in inner.outvars]
-            elif (plainer := _as_sum(eqn, name, args, [self.number(a) for a in args]) or _as_mul(eqn, name)) is not None:
+            elif (
+                plainer := _as_sum(eqn, name, args, [self.number(a) for a in args]) or _as_mul(eqn, name)
+            ) is not None:
                 inner, _ = open_program(plainer)
                 inner_env = dict(zip(inner.invars, args, strict=True))
                 self.emit(inner, inner_env, eqns, seen, _join(scope, eqn))
@@ -106,9 +109,14 @@ class _Normalizer:
             return [chosen] if chosen.aval.shape == out.aval.shape else None
         if name == "convert_element_type" and args[0].aval == out.aval:
             return [args[0]]
+        if name == "pvary" and scalar_value(args[0]) is not None:
+            return [Varying(args[0].val, out.aval, eqn)]
         if name in _FOLDABLE and shape_of(out) == () and all(scalar_value(a) is not None for a in args):
             with jax.ensure_compile_time_eval():
                 value = eqn.primitive.bind(*(np.asarray(a.val, a.aval.dtype) for a in args), **eqn.params)
+            varying = next((a for a in args if isinstance(a, Varying)), None)
+            if varying is not None:
+                return [Varying(np.asarray(value), out.aval, _pvary_of(varying.eqn, out.aval))]
             return [literal(np.asarray(value), out.aval)]
         return None
 
@@ -171,15 +179,28 @@ def _as_mul(eqn: Any, name: str) -> Any:
     shapes = [shape_of(a) for a in eqn.invars]
 
     def rewritten(*pair: Any) -> Any:
-        orders = [[*own, *(a for a in range(len(shape)) if a not in own)] for own, shape in zip((left, right), shapes, strict=True)]
+        orders = [
+            [*own, *(a for a in range(len(shape)) if a not in own)]
+            for own, shape in zip((left, right), shapes, strict=True)
+        ]
         a, b = (jax.lax.transpose(x, order) for x, order in zip(pair, orders, strict=True))
         before, rows, columns = len(left), a.ndim - len(left), b.ndim - len(left)
         a = jax.lax.expand_dims(a, range(before + rows, before + rows + columns))
         b = jax.lax.expand_dims(b, range(before, before + rows))
-        return a * b if a.shape == b.shape else jax.lax.mul(*(jax.lax.broadcast_in_dim(x, out, range(x.ndim)) for x in (a, b)))
+        return (
+            a * b
+            if a.shape == b.shape
+            else jax.lax.mul(*(jax.lax.broadcast_in_dim(x, out, range(x.ndim)) for x in (a, b)))
+        )
 
     out = shape_of(eqn.outvars[0])
     return jax.make_jaxpr(rewritten)(*(jax.ShapeDtypeStruct(shape_of(a), a.aval.dtype) for a in eqn.invars))
+
+
+def _pvary_of(eqn: Any, aval: Any) -> Any:
+    """The pvary equation for numbers of this type."""
+    number = jex.Var(jax.core.ShapedArray((), aval.dtype))
+    return eqn.replace(invars=[number], outvars=[jex.Var(aval)])
 
 
 def _join(scope: str, eqn: Any) -> str:

@@ -77,7 +77,7 @@ def make_plan(
     wanted: dict[Site, list[Recentering]] = {}
     for site, recenterings in zip(candidates, zero_mean.spend([roots[s] for s in candidates], allowed), strict=True):
         if recenterings is None:
-            plan.reasons[site] = f"its input is not zero-mean: {zero_mean.obstacle(roots[site][0])}"
+            plan.reasons[site] = f"its input is not zero-mean: {zero_mean.obstacle(roots[site][0])}{_if_checked(site)}"
         else:
             wanted[site] = recenterings
     made: dict[Recentering, None] = {}
@@ -98,6 +98,12 @@ def _may(plan: Plan, site: Site) -> bool:
     else:
         return True
     return False
+
+
+def _if_checked(site: Site) -> str:
+    if site.body.takes_recenterings():
+        return ""
+    return "; shard_map(check_vma=True) lets no activation be recentered in it, check_vma=False would"
 
 
 def _streams(wanted: dict, roots: dict, zero_mean: ZeroMean) -> list[list[Site]]:

@@ -110,7 +110,7 @@ class ConstantAlong:
 
 ELEMENTWISE = names(
     "add sub mul div neg max min sqrt rsqrt integer_pow square convert_element_type lt le gt ge eq ne not and "
-    "or exp log select_n copy pow abs sign tanh logistic floor ceil round is_finite stop_gradient"
+    "or exp log select_n copy pow abs sign tanh logistic floor ceil round is_finite stop_gradient pvary"
 )
 
 

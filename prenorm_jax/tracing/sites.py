@@ -19,7 +19,7 @@ from prenorm_jax.tracing.shift import Node, Shifts
 @dataclasses.dataclass(eq=False)
 class Site:
     """One mean subtraction: x over `axes`, the equations that sum x, the values that equal x - mean(x) up to a number, and all values
-    in which x's mean has cancelled."""
+    in which x's mean has cancelled (or a mean over several devices was subtracted)."""
 
     x: Any
     axes: Axes
@@ -52,8 +52,8 @@ def find_sites(flow: Flow, shifts: Shifts) -> list[Site]:
             if not axes or not is_float(x) or (x, axes) in sites or len(shape_of(x)) <= max(axes):
                 continue
             found = shifts.explore(x, axes)
-            if found.sums and found.cancelled:
-                sites[x, axes] = Site(x, axes, found.sums, found.centered, found.cancelled, body)
+            if found.sums and (found.cancelled or found.across):
+                sites[x, axes] = Site(x, axes, found.sums, found.centered, found.cancelled or found.across, body)
     return sorted(sites.values(), key=lambda s: flow.order[id(s.sums[0])])
 
 

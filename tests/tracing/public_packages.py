@@ -84,7 +84,9 @@ def nanodl_transformer() -> Made:
 def classification_vit() -> Made:
     from image_classification_jax.models.ViT import Transformer
 
-    return linen(Transformer(n_layers=2, enc_dim=D, n_heads=2, n_empty_registers=2, output_dim=3), images(32), is_training=False)
+    return linen(
+        Transformer(n_layers=2, enc_dim=D, n_heads=2, n_empty_registers=2, output_dim=3), images(32), is_training=False
+    )
 
 
 def nano_moe() -> Made:
@@ -107,14 +109,18 @@ def kauldron_vit() -> Made:
     import flax.linen as nn
     from kauldron.modules.vit import Vit, VitEncoder
 
-    encoder = VitEncoder.from_spec(num_heads=2, hidden_size=D, num_layers=2, patch_size=8, mlp_size=32, encoder_norm=nn.LayerNorm())
+    encoder = VitEncoder.from_spec(
+        num_heads=2, hidden_size=D, num_layers=2, patch_size=8, mlp_size=32, encoder_norm=nn.LayerNorm()
+    )
     return linen(Vit(encoder=encoder, num_classes=3), images(), out=jax.tree.leaves)
 
 
 def palm() -> Made:
     from palm_jax.palm import PaLM
 
-    return equinox_model(PaLM(num_tokens=V, dim=D, dim_head=8, depth=2, heads=2, key=jax.random.key(0)), tokens(), keyed=False)
+    return equinox_model(
+        PaLM(num_tokens=V, dim=D, dim_head=8, depth=2, heads=2, key=jax.random.key(0)), tokens(), keyed=False
+    )
 
 
 def mlp_gpt() -> Made:
@@ -122,13 +128,19 @@ def mlp_gpt() -> Made:
     from mlp_gpt_jax.mlp_gpt_jax import TransformedMLPGpt
 
     model = hk.without_apply_rng(TransformedMLPGpt(num_tokens=V, dim=D, seq_len=6, depth=2))
-    return lambda p, t: jax.vmap(lambda s: model.apply(p, s))(t), model.init(jax.random.key(0), tokens()[0]), (tokens(),)
+    return (
+        lambda p, t: jax.vmap(lambda s: model.apply(p, s))(t),
+        model.init(jax.random.key(0), tokens()[0]),
+        (tokens(),),
+    )
 
 
 def eqxvision_vit() -> Made:
     from eqxvision.models.classification.vit import VisionTransformer
 
-    model = VisionTransformer(img_size=16, patch_size=8, num_classes=3, embed_dim=D, depth=2, num_heads=2, key=jax.random.key(0))
+    model = VisionTransformer(
+        img_size=16, patch_size=8, num_classes=3, embed_dim=D, depth=2, num_heads=2, key=jax.random.key(0)
+    )
     return equinox_model(model, images().transpose(0, 3, 1, 2))
 
 
@@ -165,7 +177,9 @@ def jimmy_dinov2() -> Made:
     from flax import nnx
     from jimmy.models.vit import DinoV2
 
-    model = DinoV2(img_size=16, patch_size=8, embed_dim=D, depth=2, num_heads=2, init_values=1.0, reg_tokens=2, rngs=nnx.Rngs(0))
+    model = DinoV2(
+        img_size=16, patch_size=8, embed_dim=D, depth=2, num_heads=2, init_values=1.0, reg_tokens=2, rngs=nnx.Rngs(0)
+    )
     return nnx_model(model, images())
 
 
@@ -173,7 +187,9 @@ def jaxnn_vit() -> Made:
     from flax import nnx
     from jaxnn.models.vision_transformer import VisionTransformer
 
-    model = VisionTransformer(img_size=16, patch_size=8, num_classes=3, embed_dim=D, depth=2, num_heads=2, init_values=1.0, rngs=nnx.Rngs(0))
+    model = VisionTransformer(
+        img_size=16, patch_size=8, num_classes=3, embed_dim=D, depth=2, num_heads=2, init_values=1.0, rngs=nnx.Rngs(0)
+    )
     return nnx_model(model, images())
 
 
@@ -200,7 +216,9 @@ def penzai_neox() -> Made:
 
     def fn(values: Any, t: Any) -> Any:
         bound = pz.bind_variables(graph, [pz.Parameter(label=k, value=v) for k, v in values.items()])
-        return bound(pz.nx.wrap(t).tag("batch", "seq"), token_positions=pz.nx.arange("seq", t.shape[1])).unwrap("batch", "seq", "vocabulary")
+        return bound(pz.nx.wrap(t).tag("batch", "seq"), token_positions=pz.nx.arange("seq", t.shape[1])).unwrap(
+            "batch", "seq", "vocabulary"
+        )
 
     return fn, params, (tokens(),)
 
@@ -247,9 +265,12 @@ if __name__ == "__main__":
         except Exception as error:  # a released model that does not run on this JAX
             if len(sys.argv) > 1:
                 traceback.print_exc()
-            print(f"| {package} {version} | `{cls}` | does not run here: {type(error).__name__}: {str(error)[:100]} | | | |", flush=True)
+            print(
+                f"| {package} {version} | `{cls}` | does not run here: {type(error).__name__}: {str(error)[:100]} | | | |",
+                flush=True,
+            )
             continue
         try:
             print(line(f"{package} {version}", cls, fn, shaken(params), inputs, verbose=len(sys.argv) > 1), flush=True)
-        except Exception as error:
+        except Exception:
             traceback.print_exc()

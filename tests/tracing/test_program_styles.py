@@ -4,10 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import pytest
 from test_plain import normal
-from test_text_and_speech import B, D, L, V, decoder, layer_norm, linear, ln, mha, mha_params, mlp, mlp_params, tokens
+from test_text_and_speech import B, D, V, layer_norm, ln, mha, mha_params, mlp, mlp_params, tokens
 
 from prenorm_jax.tracing import convert
 
@@ -115,7 +113,12 @@ def test_a_loss_with_its_gradient_as_the_function():
         out = convert(jax.value_and_grad(loss), model_params(), tokens(), partial=True)
         print(out.report)
         assert out.report.error < 1e-10
-        out = convert(lambda p, t: jax.grad(lambda x: jnp.sum(model({**p, "embed": x}, t)))(p["embed"]), model_params(), tokens(), partial=True)
+        out = convert(
+            lambda p, t: jax.grad(lambda x: jnp.sum(model({**p, "embed": x}, t)))(p["embed"]),
+            model_params(),
+            tokens(),
+            partial=True,
+        )
         print(out.report)
 
 

@@ -41,7 +41,7 @@ def heads(x):
 def attend(q, k, v, bias=None):
     s = jnp.einsum("...qhd,...khd->...hqk", q, k) / np.sqrt(q.shape[-1])
     s = s if bias is None else s + bias
-    return jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(s, axis=-1), v).reshape(q.shape[:-2] + (-1,))
+    return jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(s, axis=-1), v).reshape((*q.shape[:-2], -1))
 
 
 def causal(n):
@@ -103,7 +103,8 @@ def test_speech_to_text(check):
     layer = lambda: {"attn": mha_params(), "attn_ln": ln(), "mlp": mlp_params(), "mlp_ln": ln()}  # noqa: E731
     params = {
         "conv1": normal(3, 5, D), "conv1_b": normal(D), "conv2": normal(3, D, D), "conv2_b": normal(D), "encoder": [layer(), layer()],
-        "ln_post": ln(), "embed": normal(V, D), "positions": normal(16, D), "decoder": [{**layer(), "cross": mha_params(), "cross_ln": ln()}],
+        "ln_post": ln(), "embed": normal(V, D), "positions": normal(16, D),
+        "decoder": [{**layer(), "cross": mha_params(), "cross_ln": ln()}],
         "ln": ln(),
     }  # fmt: skip
     check(fn, params, normal(B, 2 * L, 5), tokens(), sites=9, added=2)
@@ -140,7 +141,8 @@ def test_parallel_attention_with_one_or_two_norms(check, norms):
         return layer_norm(p["ln_f"], x) @ p["head"]
 
     block = lambda: {  # noqa: E731
-        "ln_attn": ln(), **({"ln_mlp": ln()} if norms == 2 else {}), "qkv": linear(D, D + 2 * D // H, bias=False), "o": linear(D, D, bias=False),
+        "ln_attn": ln(), **({"ln_mlp": ln()} if norms == 2 else {}), "qkv": linear(D, D + 2 * D // H, bias=False),
+        "o": linear(D, D, bias=False),
         "mlp": {"fc1": linear(D, F, bias=False), "fc2": linear(F, D, bias=False)},
     }  # fmt: skip
     params = {"embed": normal(V, D), "h": [block(), block()], "ln_f": ln(), "head": normal(D, V)}
@@ -198,7 +200,8 @@ def test_half_step_feed_forwards_and_a_norm_at_the_block_end(check):
         return x @ p["head"]
 
     block = lambda: {  # noqa: E731
-        "ff1": mlp_params(), "ff1_ln": ln(), "attn": mha_params(), "attn_ln": ln(), "conv_ln": ln(), "pw1": linear(D, 2 * D), "dw": normal(3, D),
+        "ff1": mlp_params(), "ff1_ln": ln(), "attn": mha_params(), "attn_ln": ln(), "conv_ln": ln(), "pw1": linear(D, 2 * D),
+        "dw": normal(3, D),
         "mean": normal(D), "var": normal(D), "pw2": linear(D, D), "ff2": mlp_params(), "ff2_ln": ln(), "ln": ln(),
     }  # fmt: skip
     params = {"in": linear(5, D), "blocks": [block(), block()], "head": normal(D, V)}
@@ -213,7 +216,10 @@ class Shared(nn.Module):
 
     @nn.compact
     def __call__(self, t):
-        x = nn.Dense(D, name="up")(nn.Embed(V, 4, name="word")(t)) + nn.Embed(16, D, name="pos")(jnp.arange(t.shape[1]))[None]
+        x = (
+            nn.Dense(D, name="up")(nn.Embed(V, 4, name="word")(t))
+            + nn.Embed(16, D, name="pos")(jnp.arange(t.shape[1]))[None]
+        )
 
         class Layer(nn.Module):
             @nn.compact
@@ -339,9 +345,10 @@ def test_gated_pair_updates(check):
 
     dp = 6
     block = lambda: {  # noqa: E731
-        "ln_m": ln(), "ln_z": ln(dp), "bias": linear(dp, H, bias=False), **{n: linear(D, D) for n in "qkvgo"}, "mlp": mlp_params(), "ln_t": ln(),
-        "ln_op": ln(), "left": linear(D, 2), "right": linear(D, 2), "outer": linear(4, dp), "ln_tri": ln(dp), "ta": linear(dp, 3),
-        "tb": linear(dp, 3), "ln_tri_out": ln(3), "tri": {"gate": linear(dp, dp), "out": linear(3, dp)}, "zmlp": mlp_params(dp, 7),
+        "ln_m": ln(), "ln_z": ln(dp), "bias": linear(dp, H, bias=False), **{n: linear(D, D) for n in "qkvgo"}, "mlp": mlp_params(),
+        "ln_t": ln(), "ln_op": ln(), "left": linear(D, 2), "right": linear(D, 2),
+        "outer": linear(4, dp), "ln_tri": ln(dp), "ta": linear(dp, 3), "tb": linear(dp, 3), "ln_tri_out": ln(3),
+        "tri": {"gate": linear(dp, dp), "out": linear(3, dp)}, "zmlp": mlp_params(dp, 7),
         "ln_zt": ln(dp),
     }  # fmt: skip
     params = {

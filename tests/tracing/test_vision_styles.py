@@ -8,7 +8,23 @@ import numpy as np
 import pytest
 from flax import nnx
 from test_plain import normal
-from test_text_and_speech import B, D, F, H, L, V, dense, layer_norm, linear, ln, mha, mha_params, mlp, mlp_params, tokens
+from test_text_and_speech import (
+    B,
+    D,
+    F,
+    H,
+    L,
+    V,
+    dense,
+    layer_norm,
+    linear,
+    ln,
+    mha,
+    mha_params,
+    mlp,
+    mlp_params,
+    tokens,
+)
 
 
 def image(n=4, channels=3):
@@ -245,7 +261,10 @@ def test_modulation_by_a_condition(check):
     as it runs, and two norms a block pay for two branches only with the final one's help."""
 
     def fn(p, x, t):
-        c = mlp(p["time"], jnp.concatenate([jnp.sin(t[:, None] * jnp.arange(3)[None]), jnp.cos(t[:, None] * jnp.arange(3)[None])], -1))
+        c = mlp(
+            p["time"],
+            jnp.concatenate([jnp.sin(t[:, None] * jnp.arange(3)[None]), jnp.cos(t[:, None] * jnp.arange(3)[None])], -1),
+        )
 
         def plain(x):
             m = x.mean(-1, keepdims=True)
@@ -265,5 +284,3 @@ def test_modulation_by_a_condition(check):
     }  # fmt: skip
     params["time"]["fc2"] = linear(F, D)
     check(fn, params, normal(B, L, 5), normal(B), sites=5, added=4)
-
-
