@@ -19,7 +19,12 @@ class Body:
     trips: int = 1
 
     def in_custom(self) -> bool:
-        return self.role == "custom" or (self.parent is not None and self.parent.in_custom())
+        return self.custom_eqn() is not None
+
+    def custom_eqn(self) -> Any:
+        """The outermost custom derivative call that it is in, or None."""
+        outer = self.parent.custom_eqn() if self.parent is not None else None
+        return outer if outer is not None or self.role != "custom" else self.eqn
 
     def takes_recenterings(self) -> bool:
         """Whether values in it may be recentered: not in a custom rule's function, nor where `shard_map` checks what varies between

@@ -4,20 +4,20 @@
   * One value, one variable: common subexpressions are merged, so "the mean of x" computed twice is one variable.
   * Scalar arithmetic on literals is evaluated (`jnp.var` hides `d - ddof` and a `where` behind it), and a product with an array of
     one number is a sum.
-  * `scan`, `while`, `cond`, `remat` and custom derivative calls stay, each with a body of its own variables.
+  * `scan`, `while`, `cond`, `remat`, `shard_map` and custom derivative calls stay, each with a body of its own variables.
   * What no result and no effect needs is gone.
 Nothing here changes a value, an effect or the order of effects.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core as jex
 
-from prenorm_jax import norms
 from prenorm_jax.tracing.jaxprs import (
     CUSTOM,
     INLINED,
@@ -44,16 +44,11 @@ _FOLDABLE = names(
 )
 
 
-def _is_our_norm(eqn: Any) -> bool:
-    """Whether an equation is one of this package's norms, whose custom rule is the true derivative (its tests say so)."""
-    return getattr(eqn.params.get("bwd"), "f", None) is norms.backward
-
-
 class _Normalizer:
     """Rewrites one body at a time; fresh variables everywhere, so that no two bodies share one."""
 
-    def __init__(self, inline_custom: bool):
-        self.inline_custom = inline_custom
+    def __init__(self, enters: Callable[[Any], bool]):
+        self.enters = enters
         self.uniform: dict[Any, float] = {}  # variables that hold one number everywhere
 
     def number(self, atom: Any) -> float | None:
@@ -94,7 +89,7 @@ class _Normalizer:
 
     def _inlines(self, eqn: Any, name: str) -> bool:
         if name in CUSTOM:
-            return self.inline_custom or _is_our_norm(eqn)
+            return self.enters(eqn)
         if name not in INLINED:
             return False
         shardings = [*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ())]
@@ -252,11 +247,14 @@ def _params_key(params: dict) -> Any:
     return tuple(items)
 
 
-def normalize(closed: Any, inline_custom: bool = False) -> Program:
-    """Bring the output of `jax.make_jaxpr` into normal form. Values, effects and their order are unchanged."""
+def normalize(closed: Any, enters: Callable[[Any], bool]) -> Program:
+    """Bring the output of `jax.make_jaxpr` into normal form. Values, effects and their order are unchanged.
+
+    `enters` says of a custom derivative call whether its function takes its place.
+    """
     jaxpr, consts = open_program(closed)
     constvars = [jex.Var(v.aval) for v in jaxpr.constvars]
-    normalizer = _Normalizer(inline_custom)
+    normalizer = _Normalizer(enters)
     numbers = ((v, uniform_value(c)) for v, c in zip(constvars, consts, strict=True))
     normalizer.uniform.update({v: n for v, n in numbers if n is not None})
     body = normalizer.body(jaxpr, constvars)

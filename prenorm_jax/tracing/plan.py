@@ -11,8 +11,9 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from prenorm_jax.tracing.custom_rules import refusal
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import Program
+from prenorm_jax.tracing.jaxprs import Program, custom_name
 from prenorm_jax.tracing.rules import ConstantAlong
 from prenorm_jax.tracing.shift import Node, Shifts
 from prenorm_jax.tracing.sites import Site, find_sites
@@ -92,7 +93,10 @@ def make_plan(
 
 def _may(plan: Plan, site: Site) -> bool:
     if site.body.in_custom():
-        plan.reasons[site] = "it is inside a custom derivative rule's function, whose rule is a program of its own"
+        custom = site.body.custom_eqn()
+        plan.reasons[site] = (
+            f"it is inside {custom_name(custom)}, which has a custom derivative rule, and {refusal(custom)}"
+        )
     elif not plan.shifts.may_shift(site.x, site.axes):
         plan.reasons[site] = f"the mean of its input is wanted: {plan.shifts.why_not(site.x, site.axes)}"
     else:
