@@ -16,6 +16,50 @@ Array = Any  # a jax or a numpy array
 Map = Callable[[Array, int], Array]
 
 
+def recenter_activation(x: Any) -> jnp.ndarray:
+    """x - mean(x) over the last axis: what a Pre-RMSNorm model does to a value that reaches its main branch otherwise than through a
+    recentered weight (a constant such as sin-cos positions, a tied table's row, a norm's output, what dropout returns).
+
+    Args:
+      x: (..., d), floating. The arithmetic is float32 or wider, the result has x's dtype.
+
+    >>> recenter_activation(jnp.array([1.0, 3.0]))
+    Array([-1.,  1.], dtype=float32)
+    """
+    return _widened(recenter_axis, x)
+
+
+def compress_activation(x: Any, basis: str = "reflect", *, layout: str = "compact") -> jnp.ndarray:
+    """(..., d) -> (..., d - 1): the same for a Pre-CRMSNorm model; in the layout "packed" (..., d), with a zero in the spare lane.
+
+    >>> compress_activation(jnp.array([1.0, 3.0]), "drop")
+    Array([-1.], dtype=float32)
+    """
+    z = _widened(basis_maps(basis)["writer"], x)
+    return append_zero(z, -1) if _is_packed(layout) else z
+
+
+def expand_activation(z: Any, basis: str = "reflect", *, layout: str = "compact") -> jnp.ndarray:
+    """The inverse of `compress_activation`, (..., d - 1) -> (..., d), zero-mean: for what reads a compressed main branch in the Pre-LN
+    coordinates (a tied table).
+
+    >>> expand_activation(jnp.array([-1.0]), "drop")
+    Array([-1.,  1.], dtype=float32)
+    """
+    return _widened(basis_maps(basis)["back_writer"], drop_last(z, -1) if _is_packed(layout) else z)
+
+
+def _widened(change: Map, x: Any) -> jnp.ndarray:
+    x = jnp.asarray(x)
+    return change(x.astype(jnp.promote_types(x.dtype, jnp.float32)), -1).astype(x.dtype)
+
+
+def _is_packed(layout: str) -> bool:
+    if layout not in ("compact", "packed"):
+        raise ValueError(f"layout: got {layout!r}; allowed: compact, packed")
+    return layout == "packed"
+
+
 def recenter_axis(w: Array, axis: int) -> Array:
     """w - mean(w) along an axis."""
     return w - w.mean(axis=axis, keepdims=True)
@@ -72,6 +116,25 @@ def drop_last(w: Array, axis: int) -> Array:
 def last(w: Array, axis: int) -> Array:
     """The last slice, its axis kept."""
     return w[at(slice(None), slice(-1, None), axis=axis, rank=w.ndim)]
+
+
+def along(row: Array, leaf: Array, axis: int) -> Array:
+    """A (layers..., d) vector, shaped to multiply a (layers..., ..., d, ...) leaf along an axis. Ones between the layers and d, with which
+    a parameter broadcasts against activations, are left out."""
+    layers = _layers(row)
+    shape = [*layers, *[1] * (leaf.ndim - len(layers))]
+    shape[axis] = row.shape[-1]
+    return row.reshape(shape)
+
+
+def stacks(row: Array, leaf: Array, axis: int) -> bool:
+    """Whether the leading (stacked) axes of a vector are those of a leaf, so that `along` serves."""
+    layers = _layers(row)
+    return leaf.shape[: len(layers)] == layers and leaf.ndim + axis >= len(layers)
+
+
+def _layers(row: Array) -> tuple[int, ...]:
+    return tuple(size for size in row.shape[:-1] if size != 1)
 
 
 def at(others: Any, index: Any, *, axis: int, rank: int) -> tuple[Any, ...]:

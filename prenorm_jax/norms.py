@@ -17,7 +17,7 @@ basis "drop"), n = xhat r with r = 1 / sqrt(s / d + eps), and backwards, for g =
 
     dxhat = r g - (r^3 / d) (sum g xhat) (xhat + [drop] sum xhat).
 
-The backward pass needs x and r alone: those, and the scale, are all that the forward pass keeps.
+The backward pass needs x, its mean where it is centred, and r: those, and the scale, are all that the forward pass keeps.
 """
 
 import dataclasses
@@ -133,7 +133,8 @@ def _norm(x: Array, scale: Array | None, bias: Array | None, kind: _Kind) -> Arr
 
 
 def _forward(x: Array, scale: Array | None, bias: Array | None, kind: _Kind) -> tuple[Array, Any]:
-    xhat = _live(x, kind)
+    mean = jnp.mean(_wide(x), axis=-1, keepdims=True) if kind.centred else None
+    xhat = _live(x, mean, kind)
     power = jnp.sum(xhat * xhat, axis=-1, keepdims=True)
     if kind.squared_sum:
         power += jnp.square(jnp.sum(xhat, axis=-1, keepdims=True))
@@ -146,27 +147,23 @@ def _forward(x: Array, scale: Array | None, bias: Array | None, kind: _Kind) -> 
     if kind.spare_lane:
         y = jnp.where(_spare(y), 1, y)
     # Of the bias, the backward pass needs the dtype alone.
-    return y.astype(x.dtype), (x, r, scale, None if bias is None else bias[:0])
+    return y.astype(x.dtype), (x, mean, r, scale, None if bias is None else bias[:0])
 
 
 def backward(kind: _Kind, residuals: Any, dy: Array) -> tuple[Array, Array | None, Array | None]:
     """The backward pass of all four norms: the true derivative. Public, so that a traced norm can be told by it."""
-    x, r, scale, no_bias = residuals
-    xhat = _live(x, kind)
+    x, mean, r, scale, _ = residuals
+    dscale, dbias = _affine_gradients(kind, residuals, dy)
+    xhat = _live(x, mean, kind)
     dy = dy.astype(xhat.dtype)
-    if kind.spare_lane:
-        dy = jnp.where(_spare(dy), 0, dy)
-    rows = tuple(range(x.ndim - 1))
-    dscale = None if scale is None else jnp.sum(dy * xhat * r, axis=rows).astype(scale.dtype)
-    dbias = None if no_bias is None else jnp.sum(dy, axis=rows).astype(no_bias.dtype)
-
     g = dy if scale is None else dy * _row(scale, dy)
     if kind.spare_lane:
         g = jnp.where(_spare(g), 0, g)
     direction = xhat + jnp.sum(xhat, axis=-1, keepdims=True) if kind.squared_sum else xhat
-    dx = r * g - (r**3 / kind.divisor) * jnp.sum(g * xhat, axis=-1, keepdims=True) * direction
+    along = jnp.sum(g * xhat, axis=-1, keepdims=True)
     if kind.centred:
-        dx = dx - jnp.mean(dx, axis=-1, keepdims=True)
+        g = g - jnp.mean(g, axis=-1, keepdims=True)
+    dx = r * g - (r**3 / kind.divisor) * along * direction
     if kind.spare_lane:
         dx = jnp.where(_spare(dx), 0, dx)
     return dx.astype(x.dtype), dscale, dbias
@@ -175,14 +172,34 @@ def backward(kind: _Kind, residuals: Any, dy: Array) -> tuple[Array, Array | Non
 _norm.defvjp(_forward, backward)
 
 
-def _live(x: Array, kind: _Kind) -> Array:
+def _affine_gradients(kind: _Kind, residuals: Any, dy: Array) -> tuple[Array | None, Array | None]:
+    """Sums over the rows for scale and bias. From inputs behind a barrier: in one kernel with the sums over lanes, XLA's stores the
+    summands first, in float32."""
+    x, mean, r, scale, no_bias = residuals
+    if scale is None and no_bias is None:
+        return None, None
+    x, mean, r, dy = jax.lax.optimization_barrier((x, mean, r, dy))
+    rows = tuple(range(x.ndim - 1))
+    xhat, dy = _live(x, mean, kind), _wide(dy)
+    if kind.spare_lane:
+        dy = jnp.where(_spare(dy), 0, dy)
+    return (
+        None if scale is None else jnp.sum(dy * xhat * r, axis=rows).astype(scale.dtype),
+        None if no_bias is None else jnp.sum(dy, axis=rows).astype(no_bias.dtype),
+    )
+
+
+def _wide(x: Array) -> Array:
+    """x in the dtype of the statistics."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _live(x: Array, mean: Array | None, kind: _Kind) -> Array:
     """The part of x that the norm sees, in the dtype of the statistics."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = _wide(x)
     if kind.spare_lane:
         x = jnp.where(_spare(x), 0, x)
-    if kind.centred:
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return x
+    return x if mean is None else x - mean
 
 
 def _spare(x: Array) -> Array:

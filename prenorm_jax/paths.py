@@ -33,7 +33,7 @@ def leaves(tree: Tree) -> dict[str, Any]:
 def with_leaves(tree: Tree, flat: Mapping[str, Any]) -> Tree:
     """`tree` with the leaves of `flat`: replaced, added beside others or removed; `tree` itself is left as it is.
 
-    Containers keep their type. Leaves can be added to and removed from mappings only.
+    Containers keep their type. Leaves can be added to and removed from mappings only; a new leaf's parents are made where they are missing.
     Raises: TreeError where a leaf would have to be added to or removed from something else.
     """
     if list(leaves(tree)) == list(flat):
@@ -50,8 +50,14 @@ def _rebuilt(node: Tree, prefix: str, unused: dict[str, Any], parents: set[str])
     if isinstance(node, Mapping):
         kept = {key: child for key, child in _children(node).items() if f"{prefix}{key}" in parents}
         children = {key: _rebuilt(child, f"{prefix}{key}/", unused, parents) for key, child in kept.items()}
-        for path in [p for p in unused if p.startswith(prefix) and "/" not in p[len(prefix) :]]:
-            children[path[len(prefix) :]] = _boxed_like(node, unused.pop(path))
+        for path in [p for p in unused if p.startswith(prefix)]:
+            *names, last = path[len(prefix) :].split("/")
+            parent = children
+            for name in names:
+                parent = parent.setdefault(name, {})
+            if not isinstance(parent, dict):
+                raise TreeError(f"{path}: can't be added to this container; pass the parameters as nested dicts")
+            parent[last] = _boxed_like(node, unused.pop(path))
         return type(node)(children)  # type: ignore[call-arg]
     paths = [f"{prefix}{path}".rstrip("/") for path in leaves(node)]
     missing = [path for path in paths if path not in unused]
@@ -69,10 +75,11 @@ def _children(node: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _boxed_like(siblings: Mapping[Any, Any], value: Any) -> Any:
-    """`value`, in the box that the leaves beside it are in (a Flax Variable, for example)."""
-    for sibling in siblings.values():
-        if not isinstance(sibling, Mapping) and len(jax.tree_util.tree_leaves(sibling)) == 1:
-            return jax.tree_util.tree_map(lambda _: value, sibling)
+    """`value`, in the box that the leaves beside or below it are in (a Flax Variable, for example)."""
+    boxes = jax.tree_util.tree_leaves(siblings, is_leaf=lambda node: not isinstance(node, Mapping | list | tuple))
+    for box in boxes:
+        if len(jax.tree_util.tree_leaves(box)) == 1:
+            return jax.tree_util.tree_map(lambda _: value, box)
     return value
 
 

@@ -12,6 +12,7 @@ R with input axis i and d the width:
                        that maps 1/sqrt(d) (1, ..., 1) to the last unit vector: there the mean is the last coordinate.
     pack               one spare lane: W gets a slice of zeros, R gets its bias as that lane's row.
 
+A writer behind a LayerScale is W <- diag(lambda) W, lambda <- 1 before any of these maps: what is recentered is what is written.
 A norm with a reader that can take no bias, or with `keep`, keeps its affine: nothing is folded into its readers.
 """
 
@@ -23,7 +24,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prenorm_jax.bases import Array, Map, append_zero, at, basis_maps, drop_last, last, recenter_axis, repeat_last, xp
+from prenorm_jax.bases import (
+    Array,
+    Map,
+    along,
+    append_zero,
+    at,
+    basis_maps,
+    drop_last,
+    last,
+    recenter_axis,
+    repeat_last,
+    stacks,
+    xp,
+)
 from prenorm_jax.main_branch import LayoutError, MainBranch, NormLeaves, ReaderLeaf, Resolved
 from prenorm_jax.paths import Tree, leaves, with_leaves
 
@@ -166,7 +180,7 @@ def strip_affine(params: Tree, spec: MainBranch) -> Tree:
             if path is None or norm.keep is not None:
                 continue
             if isinstance(flat[path], jax.core.Tracer):
-                if not _folds(norm):
+                if not norm.folds:
                     raise LayoutError(
                         f"{path}: can't be folded, so it stays: a reader behind it has no place for a bias (give Reader.bias)"
                     )
@@ -178,6 +192,30 @@ def strip_affine(params: Tree, spec: MainBranch) -> Tree:
     return with_leaves(params, flat)
 
 
+def untie(params: Tree, table: str, head: str, *, scale: float = 1.0) -> Tree:
+    """A head of its own for a model whose logits are read from the embedding table: head <- scale * table^T, the table stays.
+
+    The result belongs to a model with an untied head, whose main branch has the table as a writer and the head as a reader.
+
+    Args:
+      table: path of the table (V, d).
+      head: path of the kernel (d, V) to be made.
+      scale: what multiplies the tied logits, such as 1 / sqrt(d), if the untied model doesn't.
+
+    Raises: LayoutError where there is no such table, or a head already.
+
+    >>> untie({"embed": {"table": jnp.ones((5, 2))}}, "embed/table", "head/kernel")["head"]["kernel"].shape
+    (2, 5)
+    """
+    flat = leaves(params)
+    if table not in flat:
+        raise LayoutError(f"{table}: no such leaf; the paths are like {', '.join(list(flat)[:3])}")
+    if head in flat:
+        raise LayoutError(f"{head}: is in the tree already; name the place of a new head")
+    flat[head] = _narrow(_wide(flat[table]).swapaxes(-1, -2) * scale, flat[table])
+    return with_leaves(params, flat)
+
+
 def require_recentered(params: Tree, spec: MainBranch) -> None:
     """Refuses concrete parameters of an RMSNorm model whose main branch has a mean: such a model is no Pre-LN model in disguise.
 
@@ -185,8 +223,11 @@ def require_recentered(params: Tree, spec: MainBranch) -> None:
     """
     flat = leaves(params)
     means = {}
-    for path, axis in spec.resolve(params).writers:
+    found = spec.resolve(params)
+    for path, axis in found.writers:
         value = _wide(flat[path])
+        if path in found.layer_scales:
+            value = _scaled(value, axis, path, found.layer_scales[path], flat)
         rounding = float(jnp.finfo(flat[path].dtype).eps) * np.sqrt(np.square(value).mean())
         means[path] = float(np.abs(value.mean(axis=axis)).max() / max(rounding, np.finfo(np.float64).tiny))
     worst = max(means, key=lambda path: means[path])
@@ -217,14 +258,18 @@ def _transform(
     old = leaves(params)
     new = dict(old)
     _check_kept(found, reader, spare)
+    read = set()  # a kernel behind several norms (without affine) is one kernel
     for norm in found.norms:
-        if not _folds(norm):
+        if not norm.folds:
             if kept_scale != 1.0:
                 new[_required_scale(norm)] = _narrow(
                     _wide(old[_required_scale(norm)]) * kept_scale, old[_required_scale(norm)]
                 )
             continue
         for leaf in norm.readers:
+            if leaf.kernel in read:
+                continue
+            read.add(leaf.kernel)
             kernel, bias = _read(leaf, norm, new, old, fold)
             for change in reader:
                 kernel = change(kernel, leaf.axis)
@@ -247,15 +292,17 @@ def _transform(
         if path not in new:  # a reader's bias, now a row of its kernel
             continue
         value = _wide(new[path])
+        if writer and path in found.layer_scales:
+            value = _scaled(value, axis, path, found.layer_scales[path], old)
         for change in writer:
             value = change(value, axis)
         new[path] = _narrow(value, old[path])
+    for path in set(found.layer_scales.values()) if writer else ():
+        value = np.ones(old[path].shape)
+        for change in affine:
+            value = change(value, -1)
+        new[path] = _narrow(value, old[path])
     return with_leaves(params, new)
-
-
-def _folds(norm: NormLeaves) -> bool:
-    """Whether the norm's affine can move: every reader can take a bias, or there is none to take."""
-    return norm.keep is None and (norm.bias is None or all(reader.bias for reader in norm.readers))
 
 
 def _required_scale(norm: NormLeaves) -> str:
@@ -283,10 +330,10 @@ def _refuse_packed(params: Tree, found: Resolved) -> None:
 
 def _check_kept(found: Resolved, reader: Sequence[Map], spare: str | None) -> None:
     for norm in found.norms:
-        if (reader or spare) and norm.keep is None and not _folds(norm):
+        if (reader or spare) and norm.keep is None and not norm.folds:
             kernel = next(reader.kernel for reader in norm.readers if not reader.bias)
             raise LayoutError(
-                f"{norm.bias}: can't be folded: its reader {kernel} has no place for a bias (give Reader.bias)"
+                f"{norm.bias}: can't be folded: its reader {kernel} has no place for a bias (give Reader.bias, or keep=... the norm)"
             )
 
 
@@ -299,7 +346,7 @@ def _read(
     if not fold:
         return kernel, bias
     if norm.bias is not None:
-        beta = _along(_wide(old[norm.bias]), kernel, leaf.axis, norm.bias, leaf.kernel)
+        beta = _along(_wide(old[norm.bias]), kernel, leaf.axis, norm.bias, f"its reader {leaf.kernel}")
         shift = (beta * kernel).sum(axis=leaf.axis)
         if bias is not None and bias.shape != shift.shape:
             raise LayoutError(
@@ -307,20 +354,20 @@ def _read(
             )
         bias = shift if bias is None else bias + shift
     if norm.scale is not None:
-        kernel = kernel * _along(_wide(old[norm.scale]), kernel, leaf.axis, norm.scale, leaf.kernel)
+        kernel = kernel * _along(_wide(old[norm.scale]), kernel, leaf.axis, norm.scale, f"its reader {leaf.kernel}")
     return kernel, bias
 
 
-def _along(row: Array, kernel: Array, axis: int, path: str, reader: str) -> Array:
-    """A (layers..., d) norm parameter, shaped to multiply a (layers..., ..., d, ...) kernel along its input axis."""
-    layers = row.shape[:-1]
-    if kernel.shape[: len(layers)] != layers or kernel.ndim + axis < len(layers):
-        raise LayoutError(
-            f"{path} {row.shape}: its leading (stacked) axes are not those of its reader {reader} {kernel.shape}"
-        )
-    shape = list(layers) + [1] * (kernel.ndim - len(layers))
-    shape[axis] = row.shape[-1]
-    return row.reshape(shape)
+def _along(row: Array, kernel: Array, axis: int, path: str, leaf: str) -> Array:
+    """A (layers..., d) parameter, shaped to multiply a (layers..., ..., d, ...) kernel along its axis of the main branch."""
+    if not stacks(row, kernel, axis):
+        raise LayoutError(f"{path} {row.shape}: its leading (stacked) axes are not those of {leaf} {kernel.shape}")
+    return along(row, kernel, axis)
+
+
+def _scaled(kernel: Array, axis: int, path: str, scale: str, flat: dict[str, Array]) -> Array:
+    """diag(lambda) W."""
+    return kernel * _along(_wide(flat[scale]), kernel, axis, scale, f"its writer {path}")
 
 
 def _fill_spare(kernel: Array, bias: Array | None, axis: int) -> Array:

@@ -79,3 +79,36 @@ def equivalence(errors: Mapping[str, Mapping[str, Any]], path: pathlib.Path, tit
             axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         figure.suptitle(title)
         figure.savefig(path, dpi=130)
+
+
+def drift(study: Mapping[str, Any], shown: str, path: pathlib.Path, title: str) -> None:
+    """Logit errors by the main branch's mean, a panel for each dtype; the main branch's mean by layer in the dtype `shown`."""
+    figure = Figure(figsize=(4.2 * (len(study["dtypes"]) + 1), 3.8), layout="constrained")
+    *panels, layers = figure.subplots(1, len(study["dtypes"]) + 1)
+    rows = [row for row in study["rows"] if row["question"] == "computation"]
+    for axes, dtype in zip(panels, study["dtypes"], strict=True):
+        for form in dict.fromkeys(row["form"] for row in rows):
+            errors = [row["logits_rms"][-1] for row in rows if (row["dtype"], row["form"]) == (dtype, form)]
+            axes.plot(study["means"], errors, DRIFT_LINES.get(form, "-"), color=_colour(form), marker=".", label=form)
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_yscale("log")
+        axes.set_xlabel("mean of the main branch, standard deviations")
+        axes.set_title(f"{dtype}: rms error of the logits", fontsize=10)
+    panels[0].legend(fontsize=7)
+    for row in rows:
+        if row["dtype"] == shown and row["stream_mean"] and row["mean"] in (study["means"][0], study["means"][-1]):
+            width = 1 if row["mean"] == study["means"][0] else 2
+            line = DRIFT_LINES.get(row["form"], "-")
+            layers.plot(np.maximum(row["stream_mean"], 1e-17), line, color=_colour(row["form"]), linewidth=width)
+    layers.set_yscale("log")
+    layers.set_xlabel("after layer")
+    layers.set_title(f"{shown}: |mean| / sd of the main branch\n(thick: begun at {study['means'][-1]} sd)", fontsize=10)
+    figure.suptitle(f"width {study['width']}, {max(study['depths'])} layers; {title}", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+DRIFT_LINES = {"pre_ln, fast variance": ":", "pre_rmsnorm, no gauge": "--"}
+
+
+def _colour(form: str) -> str:
+    return COLOURS[form.partition(",")[0]]

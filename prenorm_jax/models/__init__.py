@@ -30,6 +30,8 @@ from prenorm_jax.models.config import (
     vit_config,
 )
 from prenorm_jax.models.gpt import GPT, empty_cache
+from prenorm_jax.models.intercept_norms import intercept_norms
+from prenorm_jax.models.swap_norms import swap_norms
 from prenorm_jax.models.variants import Variant, variant
 from prenorm_jax.models.vit import ViT
 from prenorm_jax.paths import Tree, leaves
@@ -50,11 +52,13 @@ __all__ = [
     "empty_cache",
     "gpt_config",
     "init",
+    "intercept_norms",
     "main_branch",
     "native",
     "pre_ln",
     "running",
     "stack_layers",
+    "swap_norms",
     "unstack_layers",
     "variant",
     "vit_config",

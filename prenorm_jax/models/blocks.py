@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prenorm_jax.models.config import Transformer
+from prenorm_jax.models.config import ATTENTIONS, Transformer, require_one_of
+from prenorm_jax.models.gelu import gelu
 from prenorm_jax.models.variants import Variant
 
 Array = jax.Array
@@ -44,7 +45,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((*layers, outputs), jnp.dtype(dtype))) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        # Behind a barrier the cast (and the weight map before it) stays out of the product, whose kernel then takes bias and residual.
+        y = x @ jax.lax.optimization_barrier(self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None]
 
 
@@ -64,6 +66,7 @@ class Norm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape, dtype)) if variant.affine else None
         self.norm = functools.partial(variant.norm, eps=config.eps)
 
+    @jax.named_scope("norm")
     def __call__(self, x: Array) -> Array:
         return self.norm(x, *self.leaves())
 
@@ -96,14 +99,20 @@ class Attention(nnx.Module):
         self.out = linear(config.width, lanes, init=normal(1 / math.sqrt(2 * config.depth * config.width)))
         self.heads, self.causal, self.implementation = config.heads, causal, config.attention
 
-    def __call__(self, n: Array, batch: int, cache: Any = None, position: Array | int = 0) -> tuple[Array, Any]:
-        """Returns the written (N, R) and, where a cache {"key", "value"} of (B, T, H, K) is given, that cache with these tokens in it."""
+    @jax.named_scope("attention")
+    def __call__(
+        self, n: Array, batch: int, cache: Any = None, position: Array | int = 0, length: int | None = None
+    ) -> tuple[Array, Any]:
+        """Returns the written (N, R) and, where a cache {"key", "value"} of (B, T, H, K) is given, that cache with these tokens in it.
+
+        Of each sequence the first `length` tokens are seen, or all of them.
+        """
         q, k, v = (
             f(n).reshape(batch, -1, self.heads, f.kernel.shape[-1] // self.heads)
             for f in (self.query, self.key, self.value)
         )
         if cache is None:
-            y = attend(q, k, v, causal=self.causal, implementation=self.implementation)
+            y = attend(q, k, v, causal=self.causal, length=length, implementation=self.implementation)
         else:
             cache = {
                 name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), position, axis=1)
@@ -115,35 +124,58 @@ class Attention(nnx.Module):
 
 
 def attend(
-    q: Array, k: Array, v: Array, *, causal: bool = False, mask: Array | None = None, implementation: str = "auto"
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    mask: Array | None = None,
+    length: int | None = None,
+    implementation: str = "auto",
 ) -> Array:
     """softmax(q k^T / sqrt(K)) v for q (B, L, H, K) and k, v (B, T, H, K), the softmax in float32 or wider.
 
     Args:
       mask: (1 or B, 1 or H, L, T) bool, True where a key may be seen; "xla" alone takes one.
-      implementation: "xla", "cudnn" (a GPU, bfloat16 or float16, K a multiple of 8) or "auto": cudnn where it serves, else xla.
+      length: how many keys of each sequence may be seen, from the first on; None: all.
+      implementation: one of `ATTENTIONS`.
     """
-    if implementation == "auto":
-        half = q.dtype in (jnp.bfloat16, jnp.float16)
-        served = half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and jax.default_backend() == "gpu"
-        implementation = "cudnn" if served else "xla"
-    if implementation == "xla" and q.dtype == jnp.float64:
+    if attention_kernel(implementation, q.dtype, q.shape[-1]) == "cudnn":
+        return _attend_by_cudnn(q, k, v, causal=causal, length=length)
+    if length is not None:
+        seen = (jnp.arange(k.shape[1]) < length)[None, None, None]
+        mask = seen if mask is None else mask & seen
+    if q.dtype == jnp.float64:
         return _attend_in_float64(q, k, v, causal=causal, mask=mask)
-    attention: Any = jax.nn.dot_product_attention  # its overloads know literals only
-    if implementation == "cudnn" and q.shape[1] % 2:
-        return _attend_to_odd_length(attention, q, k, v, causal=causal)
-    return attention(q, k, v, mask=mask, is_causal=causal, implementation=implementation)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
 
 
-def _attend_to_odd_length(attention: Any, q: Array, k: Array, v: Array, *, causal: bool) -> Array:
-    """cuDNN differentiates even lengths only (197 tokens of a ViT are not): one token more, which nobody sees."""
-    batch, length = q.shape[:2]
-    q, k, v = (jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)]) for x in (q, k, v))
-    lengths = jnp.full((batch,), length, jnp.int32)
-    y = attention(
-        q, k, v, is_causal=causal, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
-    )
-    return y[:, :length]
+def attention_kernel(implementation: str, dtype: Any, head_width: int) -> str:
+    """What one of `ATTENTIONS` comes to, "xla" or "cudnn": "auto" is cudnn where it serves (a GPU, bfloat16 or float16, a head width of a
+    multiple of 8 up to 128), else xla."""
+    require_one_of("model.attention", implementation, ATTENTIONS)
+    if implementation != "auto":
+        return implementation
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    served = half and head_width % 8 == 0 and head_width <= 128 and jax.default_backend() == "gpu"
+    return "cudnn" if served else "xla"
+
+
+def even_length(config: Transformer, length: int) -> int:
+    """The length to run sequences of `length` tokens with: cuDNN differentiates even ones only, so there an odd one (the 197 of a
+    ViT) takes one token more, which nobody sees. Adding it once costs 1 / length; in each attention it costs a third of it."""
+    return length + (length % 2 and attention_kernel(config.attention, config.dtype, config.head_width) == "cudnn")
+
+
+def _attend_by_cudnn(q: Array, k: Array, v: Array, *, causal: bool, length: int | None) -> Array:
+    batch, queries = q.shape[:2]
+    if queries % 2:
+        length = k.shape[1] if length is None else length
+        q, k, v = (jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in (q, k, v))
+    # The queries behind `length` attend as well: what nobody reads has to be finite all the same.
+    lengths = None if length is None else jnp.full((batch,), length, jnp.int32)
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn")
+    return y[:, :queries]
 
 
 def _attend_in_float64(q: Array, k: Array, v: Array, *, causal: bool, mask: Array | None) -> Array:
@@ -164,8 +196,9 @@ class Mlp(nnx.Module):
         lanes = variant.lanes(config.width)
         self.up = linear(lanes, config.mlp_width, bias=variant.reader_bias)
         self.down = linear(config.mlp_width, lanes, init=normal(1 / math.sqrt(2 * config.depth * config.mlp_width)))
-        self.gelu = functools.partial(jax.nn.gelu, approximate=config.gelu == "tanh")
+        self.gelu = jax.named_scope("gelu")(functools.partial(gelu, form=config.gelu))
 
+    @jax.named_scope("mlp")
     def __call__(self, n: Array) -> Array:
         return self.down(self.gelu(self.up(n)))
 
@@ -181,8 +214,10 @@ class Block(nnx.Module):
         self.norm2 = Norm(config, variant, layers)
         self.mlp = Mlp(config, variant, layers=layers, rngs=rngs)
 
-    def __call__(self, x: Array, batch: int, cache: Any = None, position: Array | int = 0) -> tuple[Array, Any]:
-        y, cache = self.attn(self.norm1(x), batch, cache, position)
+    def __call__(
+        self, x: Array, batch: int, cache: Any = None, position: Array | int = 0, length: int | None = None
+    ) -> tuple[Array, Any]:
+        y, cache = self.attn(self.norm1(x), batch, cache, position, length)
         x = x + y
         return x + self.mlp(self.norm2(x)), cache
 
@@ -199,12 +234,20 @@ def blocks(config: Transformer, variant: Variant, *, causal: bool, rngs: nnx.Rng
 
 
 def run(
-    blocks: Blocks, x: Array, batch: int, cache: Any = None, position: Array | int = 0, *, remat: bool = False
+    blocks: Blocks,
+    x: Array,
+    batch: int,
+    cache: Any = None,
+    position: Array | int = 0,
+    *,
+    length: int | None = None,
+    remat: bool = False,
 ) -> tuple[Array, Array, Any]:
     """Runs all blocks on the main branch x (N, R).
 
     Args:
       cache: {"key", "value"} of (depth, B, T, H, K), or None; `position` is where in T these tokens begin.
+      length: how many tokens of each sequence attention sees, from the first on; None: all.
       remat: whether the backward pass recomputes each block.
 
     Returns: the main branch after the last block (N, R), before and after every block (depth + 1, N, R), and the new cache.
@@ -213,7 +256,7 @@ def run(
 
     def step(x: Array, layer: tuple[Any, Any]) -> tuple[Array, tuple[Array, Any]]:
         state, cache = layer
-        y, cache = nnx.merge(graph, state)(x, batch, cache, position)
+        y, cache = nnx.merge(graph, state)(x, batch, cache, position, length)
         return y, (y, cache)
 
     step = jax.checkpoint(step) if remat else step

@@ -66,12 +66,14 @@ class GPT(nnx.Module):
             self.blocks, x.reshape(batch * length, -1), batch, cache, position, remat=config.remat
         )
         logits = self._tied_logits(x) if config.tied else self.head(self.norm(x))
+        # Behind a barrier the product stores its logits in its own dtype; without, XLA has it store them wide.
+        logits = jax.lax.optimization_barrier(logits)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)).reshape(batch, length, -1)
         return logits, {"main_branch": states.reshape(len(states), batch, length, -1), "cache": cache}
 
     def _tied_logits(self, x: Array) -> Array:
         n = variant(self.config).norm_in_pre_ln(x, *self.norm.leaves(), eps=self.config.eps)
-        return n @ self.embed.table[...].astype(n.dtype).T
+        return n @ jax.lax.optimization_barrier(self.embed.table[...].astype(n.dtype)).T
 
 
 def empty_cache(config: GPTConfig, batch: int) -> dict[str, Array]:

@@ -62,23 +62,25 @@ class Variant:
     to_native: Chart = _same_tree
     to_pre_ln: Chart = _same_tree
 
-    def norm_in_pre_ln(self, x: Array, scale: Array, bias: Array, *, eps: float) -> Array:
+    def norm_in_pre_ln(self, x: Array, scale: Array | None, bias: Array | None, *, eps: float) -> Array:
         """LayerNorm's value in its own coordinates, (..., R) -> (..., D), whatever the coordinates of x."""
         if self.read is _same:
             return self.norm(x, scale, bias, eps=eps)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         n = self.read(self.norm(wide, eps=eps))
-        scale, bias = (leaf.astype(n.dtype).reshape((1,) * (n.ndim - 1) + leaf.shape) for leaf in (scale, bias))
-        return (n * scale + bias).astype(x.dtype)
+        for apply, leaf in ((jnp.multiply, scale), (jnp.add, bias)):
+            n = n if leaf is None else apply(n, leaf.astype(n.dtype).reshape((1,) * (n.ndim - 1) + leaf.shape))
+        return n.astype(x.dtype)
 
 
 def variant(config: Transformer) -> Variant:
     """The variant that a model's config names."""
-    return _variant(config.norm, config.basis, config.layout)
+    return variant_of(config.norm, config.basis, config.layout)
 
 
 @functools.cache
-def _variant(norm: str, basis: str, layout: str) -> Variant:
+def variant_of(norm: str, basis: str = "reflect", layout: str = "compact") -> Variant:
+    """The variant of this norm, basis and layout."""
     if norm == "pre_crmsnorm":
         return _pre_crmsnorm(basis, packed=layout == "packed")
     return _FULL_WIDTH[norm]
@@ -97,7 +99,7 @@ _FULL_WIDTH = {
     "pre_ln": Variant(layer_norm, affine=True),
     "pre_rmsnorm": Variant(
         rms_norm,
-        write=lambda x: bases.recenter_axis(x, -1),
+        write=bases.recenter_activation,
         from_pre_ln=_to_pre_rmsnorm,
         to_native=_to_pre_rmsnorm,
         to_pre_ln=_recentered,
@@ -107,8 +109,6 @@ _FULL_WIDTH = {
 
 
 def _pre_crmsnorm(basis: str, packed: bool) -> Variant:
-    compress, expand = bases.BASES[basis]["writer"], bases.BASES[basis]["back_writer"]
-
     def to_compact(params: Tree, spec: MainBranch) -> Tree:
         return transforms.strip_affine(transforms.compress(params, spec, basis), spec)
 
@@ -119,8 +119,8 @@ def _pre_crmsnorm(basis: str, packed: bool) -> Variant:
         return Variant(
             functools.partial(crms_norm, basis=basis),
             lanes=lambda width: width - 1,
-            write=lambda x: compress(x, -1),
-            read=lambda n: expand(n, -1),
+            write=lambda x: bases.compress_activation(x, basis),
+            read=lambda n: bases.expand_activation(n, basis),
             from_pre_ln=to_compact,
             to_native=to_compact,
             to_pre_ln=to_pre_ln,
@@ -128,8 +128,8 @@ def _pre_crmsnorm(basis: str, packed: bool) -> Variant:
     return Variant(
         functools.partial(crms_norm_packed, basis=basis),
         reader_bias=False,
-        write=lambda x: jnp.pad(compress(x, -1), [(0, 0)] * (x.ndim - 1) + [(0, 1)]),
-        read=lambda n: expand(n[..., :-1], -1),
+        write=lambda x: bases.compress_activation(x, basis, layout="packed"),
+        read=lambda n: bases.expand_activation(n, basis, layout="packed"),
         from_pre_ln=lambda params, spec: transforms.pack(to_compact(params, spec), spec),
         from_native=transforms.pack,
         to_native=to_compact,

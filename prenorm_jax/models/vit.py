@@ -77,12 +77,15 @@ class ViT(nnx.Module):
         positions = self.position.table[...] if self.position else this.write(sincos(config))
         x = (x + positions[None]).astype(config.dtype)
 
-        x, states, _ = blocks.run(self.blocks, x.reshape(batch * config.tokens, -1), batch, remat=config.remat)
-        n = self.norm(x).reshape(batch, config.tokens, -1)
-        n = n[:, 0] if config.pool == "cls" else n.mean(axis=1)
+        tokens, length = config.tokens, blocks.even_length(config, config.tokens)
+        x = jnp.pad(x, [(0, 0), (0, length - tokens), (0, 0)]).reshape(batch * length, -1)
+        seen = tokens if length > tokens else None
+        x, states, _ = blocks.run(self.blocks, x, batch, length=seen, remat=config.remat)
+        x = x.reshape(batch, length, -1)
+        n = self.norm(x[:, 0]) if config.pool == "cls" else self.norm(x[:, :tokens]).mean(axis=1)
         logits = self.head(n)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        return logits, {"main_branch": states.reshape(len(states), batch, config.tokens, -1)}
+        return logits, {"main_branch": states.reshape(len(states), batch, length, -1)[:, :, :tokens]}
 
 
 def sincos(config: ViTConfig) -> Array:

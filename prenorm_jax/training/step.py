@@ -7,6 +7,8 @@ once: the cost of h does not depend on the batch, on its length or on how often 
 """
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,27 @@ from prenorm_jax.training.tasks import Task, without_smoothing
 
 Params = Any
 Metrics = dict[str, jax.Array]
+
+
+# Options of XLA, by backend, that pay in this step (docs/performance.md has the figures).
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    # Products go to cuBLASLt from the start, which then takes the bias and the residual addition into them.
+    "gpu": {"xla_gpu_enable_triton_gemm": False},
+}
+
+
+@functools.cache
+def compiler_options() -> dict[str, Any]:
+    """The `COMPILER_OPTIONS` of this process's backend, less those that its version of XLA doesn't know."""
+    known = {}
+    for name, value in COMPILER_OPTIONS.get(jax.default_backend(), {}).items():
+        try:
+            jax.jit(lambda: 0, compiler_options={name: value})()
+        except jax.errors.JaxRuntimeError as error:
+            logging.getLogger(__name__).warning("XLA option %s left out: %s", name, str(error).splitlines()[0])
+        else:
+            known[name] = value
+    return known
 
 
 @jax.tree_util.register_dataclass
@@ -55,11 +78,14 @@ def make_train_step(
     def weighted_values(running: Params, batch: dict[str, jax.Array], total: jax.Array) -> tuple[jax.Array, Metrics]:
         logits, _ = models.apply(model, running, batch["inputs"])
         shares = batch["weights"] / total
-        values = {name: (value * shares).sum() for name, value in task.judge(logits, batch["targets"]).items()}
+        with jax.named_scope("loss"):
+            values = {name: (value * shares).sum() for name, value in task.judge(logits, batch["targets"]).items()}
         return values["loss"], values
 
     def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
-        running, pull_back = jax.vjp(lambda params: models.running(params, model, coordinates), state.params)
+        running, pull_back = jax.vjp(
+            jax.named_scope("weight_map")(lambda params: models.running(params, model, coordinates)), state.params
+        )
         total = batch["weights"].sum()
         gradient = jax.grad(weighted_values, has_aux=True)
         if accumulate == 1:
@@ -69,11 +95,12 @@ def make_train_step(
                 lambda micro: gradient(running, micro, total), _split(batch, accumulate)
             )
         (grads,) = pull_back(running_grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         return State(params, opt_state, state.step + 1), {**metrics, "grad_norm": optax.tree.norm(grads)}
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
 
 
 def make_eval_step(model: ViTConfig | GPTConfig, task: Task) -> Callable[[Params, dict[str, jax.Array]], Metrics]:
@@ -90,7 +117,7 @@ def make_eval_step(model: ViTConfig | GPTConfig, task: Task) -> Callable[[Params
         values = task.judge(logits, batch["targets"])
         return {**{name: (value * weights).sum() for name, value in values.items()}, "weight": weights.sum()}
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step, compiler_options=compiler_options())
 
 
 def _split(batch: dict[str, jax.Array], accumulate: int) -> dict[str, jax.Array]:

@@ -1,6 +1,7 @@
 """The two tasks: what logits are judged by. A task gives values of each example; the step takes means over batches."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -65,20 +66,45 @@ def without_smoothing(task: Task) -> Task:
     return dataclasses.replace(task, label_smoothing=0.0)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def cross_entropy(logits: jax.Array, targets: jax.Array, classes: int, smoothing: float = 0.0) -> jax.Array:
     """-sum_c q_c log softmax(logits)_c with q = (1 - smoothing) onehot(targets) + smoothing / classes.
 
     logits (..., C) float with C >= classes, of which the columns from `classes` on count for nothing; targets (...)
     int. Returns (...) in the logits' dtype.
+
+    The gradient, softmax(logits) - q, is written from the logits and their log-sum-exp in one pass: no array of the logits' shape is
+    kept but themselves, and logits that were widened for this are not stored wide.
     """
-    padded = logits.shape[-1] > classes
-    if padded:
-        # A mask fuses into the reductions; a slice would copy the logits to a width that the matrix units dislike.
-        real = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < classes
-        logits = jnp.where(real, logits, -jnp.inf)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    return _cross_entropy(logits, targets, classes, smoothing)[0]
+
+
+def _cross_entropy(
+    logits: jax.Array, targets: jax.Array, classes: int, smoothing: float
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    # A mask fuses into the reductions; a slice would copy the logits to a width that the matrix units dislike.
+    real = _columns(logits) < classes
+    normaliser = jax.nn.logsumexp(jnp.where(real, logits, -jnp.inf), axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
-    if smoothing == 0:
-        return normaliser - target_logits
-    mean_logits = (jnp.where(real, logits, 0) if padded else logits).sum(-1) / classes
-    return normaliser - (1 - smoothing) * target_logits - smoothing * mean_logits
+    loss = normaliser - (1 - smoothing) * target_logits
+    if smoothing:
+        loss -= smoothing * jnp.where(real, logits, 0).sum(-1) / classes
+    return loss, (logits, targets, normaliser)
+
+
+def _cross_entropy_gradient(
+    classes: int, smoothing: float, kept: tuple[jax.Array, jax.Array, jax.Array], dloss: jax.Array
+) -> tuple[jax.Array, None]:
+    logits, targets, normaliser = kept
+    columns = _columns(logits)
+    wanted = jnp.where(columns == targets[..., None], 1 - smoothing, 0.0) + smoothing / classes
+    gradient = jnp.exp(logits - normaliser[..., None]) - wanted.astype(logits.dtype)
+    return jnp.where(columns < classes, gradient, 0) * dloss[..., None], None
+
+
+cross_entropy.defvjp(_cross_entropy, _cross_entropy_gradient)
+
+
+def _columns(logits: jax.Array) -> jax.Array:
+    """The index of each logit's column, shape of the logits."""
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)

@@ -1,0 +1,121 @@
+"""Where a step's device time goes: every kernel of a traced step, by the part of the model that asked for it.
+
+A kernel belongs to the first part whose pattern its instruction matches: the name of the HLO instruction, the target of a custom
+call, and the names that the program gave to the operation (jax.named_scope). A fused kernel carries the name of its last operation.
+"""
+
+import collections
+import dataclasses
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+PARTS: tuple[tuple[str, str], ...] = (
+    ("attention", r"fmha|cudnn|dot_product_attention|attention/core"),
+    ("matrix products", r"cublas|__triton_gemm|gemm_fusion|\bdot\b|hopper_product"),
+    ("optimizer", r"optimizer"),
+    ("weight map", r"weight_map"),
+    ("loss", r"loss"),
+    ("GELU", r"gelu"),
+    ("column reductions", r"column_sum|reduce_fusion.*(attention|mlp)/"),
+    ("norms and residuals", r"norm|residual"),
+    ("copies", r"\bcopy|transpose|memcpy|wrapped_slice|concatenate"),
+)
+REST = "rest"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One HLO instruction's device time: milliseconds and calls in a step, the part it belongs to, and what it was called."""
+
+    instruction: str
+    part: str
+    ms: float
+    calls: float
+    scope: str
+
+
+def profile(step: Callable[[Any], Any], carry: Any, hlo: str, steps: int = 3) -> list[Kernel]:
+    """Kernels of `step(carry) -> carry`, the longest first, from a trace of `steps` of them.
+
+    Args:
+      hlo: the compiled program's text (`compiled.as_text()`), which names each instruction's operation.
+    """
+    carry = jax.block_until_ready(step(carry))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                carry = step(carry)
+            jax.block_until_ready(carry)
+        (found,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        seconds: dict[str, list[float]] = collections.defaultdict(list)
+        for instruction, duration in _kernels(jax.profiler.ProfileData.from_file(str(found))):
+            seconds[instruction].append(duration)
+    scopes = _scopes(hlo)
+    kernels = [
+        Kernel(
+            name, _part(name, scopes.get(name, "")), 1e3 * sum(times) / steps, len(times) / steps, scopes.get(name, "")
+        )
+        for name, times in seconds.items()
+    ]
+    return sorted(kernels, key=lambda kernel: -kernel.ms)
+
+
+def by_part(kernels: list[Kernel]) -> dict[str, float]:
+    """Milliseconds of a step by part, in the order of `PARTS`."""
+    sums = {part: 0.0 for part, _ in PARTS} | {REST: 0.0}
+    for kernel in kernels:
+        sums[kernel.part] += kernel.ms
+    return {part: ms for part, ms in sums.items() if ms}
+
+
+def _kernels(data: Any) -> Iterator[tuple[str, float]]:
+    """(HLO instruction, seconds) of every kernel: on a GPU from the streams of its planes, on a CPU from the executor's threads."""
+    planes = [plane for plane in data.planes if plane.name.startswith("/device:GPU")]
+    for plane in planes or [plane for plane in data.planes if plane.name.startswith("/host:CPU")]:
+        for line in plane.lines:
+            if planes and not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                stats = dict(event.stats)
+                if "hlo_op" in stats:
+                    yield str(stats["hlo_op"]), event.duration_ns * 1e-9
+                elif planes:
+                    yield event.name, event.duration_ns * 1e-9
+
+
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*$", re.MULTILINE)
+
+
+def _scopes(hlo: str) -> dict[str, str]:
+    """Instruction -> custom-call target and operation name, as far as the program's text has them."""
+    scopes = {}
+    for match in _INSTRUCTION.finditer(hlo):
+        line = match.group()
+        named = re.search(r'op_name="([^"]*)"', line)
+        target = re.search(r'custom_call_target="([^"]*)"', line)
+        text = " ".join(found.group(1) for found in (target, named) if found)
+        # What differentiation and batching add to a name is no part of it.
+        scopes[match.group(1)] = re.sub(
+            r"(?:transpose|jvp|vmap|jit)\(([^()]*)\)", r"\1", re.sub(r"jvp\(([^()]*)\)", r"\1", text)
+        )
+    return scopes
+
+
+def _part(instruction: str, scope: str) -> str:
+    text = f"{instruction} {scope}"
+    return next((part for part, pattern in PARTS if re.search(pattern, text)), REST)
+
+
+def table(kernels: list[Kernel], rows: int = 25) -> str:
+    """Markdown: milliseconds by part, then the longest kernels."""
+    total = sum(kernel.ms for kernel in kernels)
+    lines = ["| part | ms | share |", "|---|---|---|"]
+    lines += [f"| {part} | {ms:.2f} | {ms / total:.1%} |" for part, ms in by_part(kernels).items()]
+    lines += [f"| all | {total:.2f} | |", "", "| kernel | part | ms | calls | named |", "|---|---|---|---|---|"]
+    lines += [f"| {k.instruction} | {k.part} | {k.ms:.3f} | {k.calls:g} | {k.scope[-90:]} |" for k in kernels[:rows]]
+    return "\n".join(lines)

@@ -1,0 +1,62 @@
+"""The GELU of Hendrycks and Gimpel (2016), in its two forms, with gradients that keep the input alone.
+
+With u = sqrt(2/pi) (x + 0.044715 x^3), the "tanh" form is written with one exponential, since (1 + tanh u) / 2 = 1 / (1 + exp(-2u)):
+
+    tanh   y = x s,        y' = s + x s (1 - s) 2u'     s = 1 / (1 + exp(-2u)),  u' = sqrt(2/pi) (1 + 3 0.044715 x^2)
+    erf    y = x Phi(x),   y' = Phi(x) + x phi(x)       Phi, phi: distribution and density of the standard normal
+
+Arithmetic is float32 or wider, y has x's dtype. Differentiated as it is written, the GELU would store a second array of x's shape for
+the backward pass: on a GPU that is a fifth of an MLP's traffic outside its matrix products.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+_CUBIC = 0.044715
+_TWICE = 2 * math.sqrt(2 / math.pi)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gelu(x: Array, form: str = "tanh") -> Array:
+    """GELU of x, any shape, in the "tanh" or the "erf" form.
+
+    >>> gelu(jnp.array([-1.0, 0.0, 1.0]))
+    Array([-0.158808,  0.      ,  0.841192], dtype=float32)
+    """
+    return _forward(x, form)[0]
+
+
+def _forward(x: Array, form: str) -> tuple[Array, Array]:
+    wide = _wide(x)
+    return (wide * _share(wide, form)).astype(x.dtype), x
+
+
+def _backward(form: str, x: Array, dy: Array) -> tuple[Array]:
+    # Without a barrier XLA finds the exponential of the forward pass again, and stores it there, in float32, instead.
+    wide = _wide(jax.lax.optimization_barrier(x))
+    share = _share(wide, form)
+    if form == "tanh":
+        slope = share + wide * share * (1 - share) * (_TWICE * (1 + 3 * _CUBIC * wide * wide))
+    else:
+        slope = share + wide * jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
+    dx = (dy.astype(wide.dtype) * slope).astype(x.dtype)
+    # The bias gradient in front sums dx over rows: in one kernel with this, XLA's takes longer than both apart (openxla/xla#46075).
+    return (jax.lax.optimization_barrier(dx),)
+
+
+gelu.defvjp(_forward, _backward)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _share(x: Array, form: str) -> Array:
+    """y / x, between 0 and 1."""
+    if form == "tanh":
+        return 1 / (1 + jnp.exp(x * (-_TWICE - _TWICE * _CUBIC * (x * x))))
+    return 0.5 * (1 + jax.lax.erf(x / math.sqrt(2)))

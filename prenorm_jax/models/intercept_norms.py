@@ -1,0 +1,125 @@
+"""Flax Linen: a model of anybody's with RMSNorm in the place of its LayerNorms, while it is applied."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from prenorm_jax.main_branch import LayoutError, MainBranch, Norm, patterns
+from prenorm_jax.models.norm_sites import Form, eps_of, require_all, require_plain
+
+Array = jax.Array
+
+
+def intercept_norms(
+    spec: MainBranch,
+    *,
+    norm: str = "pre_rmsnorm",
+    basis: str = "reflect",
+    layout: str = "compact",
+    norm_classes: tuple[type, ...] = (),
+) -> Callable[..., Any]:
+    """For `nn.intercept_methods`: runs RMSNorm (or CRMSNorm) at the norms of a main branch, on transformed parameters.
+
+    Norms that the description doesn't name stay. Each eps is the module's own; a norm's scale and bias are applied if the parameters have
+    them. A bias that a `Dense` (or anything else with `use_bias`) gained is added, one that became a row of its kernel is not asked for.
+    Outputs of `spec.recentered` are recentered, or compressed. Under `jit` the interceptor has to be active while the model is traced.
+
+    Args:
+      norm: "pre_rmsnorm" or "pre_crmsnorm": the form of the parameters. Linen modules declare their widths, so a compressed model is
+        built at d - 1 lanes (or d, packed), with everything that is not a lane of the main branch (heads, mlp width) said explicitly.
+      basis, layout: of "pre_crmsnorm".
+      norm_classes: classes beside `nn.LayerNorm` that compute LayerNorm over the last axis; leaves named as in the description.
+
+    Raises: LayoutError while the model is applied: for a description that doesn't fit the model, naming the module.
+
+    >>> import jax.numpy as jnp
+    >>> from prenorm_jax import Norm, Reader, Writer, to_pre_rmsnorm
+    >>> class Model(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, tokens):
+    ...         x = nn.Embed(7, 4, name="embed")(tokens)
+    ...         return nn.Dense(3, use_bias=False, name="head")(nn.LayerNorm(name="norm")(x))
+    >>> spec = MainBranch(
+    ...     [Writer("embed/embedding")],
+    ...     [Norm([Reader("head/kernel", bias="head/bias")], scale="norm/scale", bias="norm/bias")],
+    ... )
+    >>> model, tokens = Model(), jnp.arange(7)
+    >>> params = model.init(jax.random.key(0), tokens)["params"]
+    >>> with nn.intercept_methods(intercept_norms(spec)):
+    ...     logits = model.apply({"params": to_pre_rmsnorm(params, spec)}, tokens)
+    >>> bool(jnp.allclose(logits, model.apply({"params": params}, tokens), atol=1e-5))
+    True
+    """
+    return _Interceptor(spec, Form(norm, basis, layout), norm_classes)
+
+
+class _Interceptor:
+    def __init__(self, spec: MainBranch, form: Form, norm_classes: tuple[type, ...]):
+        self.spec, self.form, self.norm_classes = spec, form, norm_classes
+        self.norms = set[str]()
+        self.readers = [reader for rule in spec.norms for reader in rule.readers if reader.bias]
+
+    def __call__(self, call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if context.method_name != "__call__" or module.is_initializing():
+            return call(*args, **kwargs)
+        where = "/".join(module.path)
+        if not where:
+            self.norms = set()
+        rule = self.spec.norm_at(where)
+        if rule is not None:
+            return self._norm(module, rule, where, *args, **kwargs)
+        y = self._with_biases(call, module, where, args, kwargs)
+        if not where:
+            require_all(self.spec, module.variables["params"], self.norms, "ran")
+        return self.form.variant.write(y) if self.spec.is_recentered(where) else y
+
+    def _norm(self, module: nn.Module, rule: Norm, where: str, x: Array, *, mask: Array | None = None) -> Array:
+        require_plain(module, self.norm_classes, nn.LayerNorm, where)
+        if mask is not None:
+            raise ValueError(f"{where}: mask: RMSNorm on the main branch is over whole rows; normalise without a mask")
+        self.norms.add(where)
+        scale, bias = (
+            _param(module, (pattern or role).rpartition("/")[2])
+            for role, pattern in (("scale", rule.scale), ("bias", rule.bias))
+        )
+        dtype = getattr(module, "dtype", None)
+        return self.form.apply(x, scale, bias, eps=eps_of(module, rule, where), kept=rule.keep is not None, dtype=dtype)
+
+    def _with_biases(
+        self, call: Callable[..., Any], module: Any, where: str, args: Any, kwargs: Mapping[str, Any]
+    ) -> Any:
+        """A module's output, with the biases of its readers as the parameters have them, declared or not."""
+        names = {name for r in self.readers if patterns.match(r.bias, f"{where}/{(name := r.bias.rpartition('/')[2])}")}
+        there = {name: bias for name in names if (bias := _param(module, name)) is not None}
+        if names - set(there) and getattr(module, "use_bias", False):
+            with _without_bias(module):
+                return call(*args, **kwargs)
+        y = call(*args, **kwargs)
+        for name, bias in there.items():
+            if name in module.scope.reservations:  # the module has asked for it
+                continue
+            if getattr(module, "use_bias", True):
+                raise LayoutError(
+                    f"{where}/{name}: the reader gains this bias, and a {type(module).__name__} has no place for it; keep the norm's affine "
+                    "(Reader without bias, or Norm(keep=...)), or give it a bias"
+                )
+            y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y
+
+
+def _param(module: nn.Module, name: str) -> Array | None:
+    return nn.meta.unbox(module.get_variable("params", name)) if module.has_variable("params", name) else None
+
+
+@contextlib.contextmanager
+def _without_bias(module: Any) -> Iterator[None]:
+    """A module that doesn't ask for its bias. Modules are frozen, and made anew each time a model is applied."""
+    object.__setattr__(module, "use_bias", False)
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "use_bias", True)

@@ -1,0 +1,30 @@
+"""The guides are true: their Python runs, block after block, as a reader would run it; what they link to is there."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.mark.parametrize("guide", ["convert_your_own.md"])
+def test_its_python_runs(guide, capsys):
+    text = (DOCS / guide).read_text()
+    names = {"__name__": guide}
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+        for block in re.finditer(r"```python\n(.*?)```", text, re.DOTALL):
+            line = text[: block.start(1)].count("\n")
+            exec(compile("\n" * line + block[1], str(DOCS / guide), "exec"), names)
+    for printed, said in zip(
+        capsys.readouterr().out.splitlines(), re.findall(r"print\(error\)  # (.*)", text), strict=True
+    ):
+        pattern = ".*".join(re.escape(part) for part in said.split("..."))
+        assert re.match(pattern, printed), printed
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.stem)
+def test_the_files_that_it_names_are_there(path):
+    for name in re.findall(r"\]\(((?!http)[^)#]+)", path.read_text()):
+        assert (DOCS / name).exists(), name
