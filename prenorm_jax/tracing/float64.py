@@ -42,7 +42,14 @@ _WIDENED = names(
 
 def evaluate64(program: Program, args: list[Any]) -> list[Any]:
     """The program's results with all floating point arithmetic in float64. Call it under `jax.enable_x64(True)`."""
-    return _run(program.jaxpr, [], [_wide(a) for a in (*args, *program.consts)])
+    values = zip((*args, *program.consts), program.jaxpr.invars, strict=True)
+    return _run(program.jaxpr, [], [_wide(a if is_float(v) else _as_traced(a, v.aval)) for a, v in values])
+
+
+def _as_traced(value: Any, aval: Any) -> Any:
+    """An index in the width that it was traced in: NumPy's are int64 where JAX has int32."""
+    extended = jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)
+    return value if extended else jnp.asarray(value, aval.dtype)
 
 
 def _wide(value: Any) -> Any:

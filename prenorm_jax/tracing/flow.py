@@ -122,12 +122,12 @@ class Flow:
 
     def _link(self, eqn: Any, links: Links) -> None:
         """Record the boundary of an equation in both directions."""
-        for b, p, c, k in links.again:
-            self._exits.setdefault((id(b), p), []).append((c.jaxpr.invars[k], 0))
-            self._sources.setdefault(c.jaxpr.invars[k], []).append((b.jaxpr.outvars[p], None, -1, 0))
         for i, b, k, delta in links.enters:
             self._inputs.setdefault((id(eqn), i), []).append((b.jaxpr.invars[k], delta))
             self._sources.setdefault(b.jaxpr.invars[k], []).append((eqn.invars[i], eqn, i, -delta))
+        for b, p, c, k in links.again:
+            self._exits.setdefault((id(b), p), []).append((c.jaxpr.invars[k], 0))
+            self._sources.setdefault(c.jaxpr.invars[k], []).append((b.jaxpr.outvars[p], None, -1, 0))
         for b, p, j, delta in links.leaves:
             self._exits.setdefault((id(b), p), []).append((eqn.outvars[j], -delta))
             self._sources.setdefault(eqn.outvars[j], []).append((b.jaxpr.outvars[p], None, -1, delta))

@@ -17,7 +17,7 @@ from prenorm_jax.tracing.jaxprs import is_float, is_var, names, scalar_value, sh
 from prenorm_jax.tracing.rules import ConstantAlong, rule_for
 
 STRUCTURAL = names(
-    "convert_element_type reshape transpose squeeze broadcast_in_dim copy copy_p name sharding_constraint pvary"
+    "convert_element_type reshape transpose squeeze broadcast_in_dim copy copy_p name sharding_constraint optimization_barrier pvary"
 )
 
 
@@ -71,8 +71,10 @@ class Views:
             var, axes = step
 
     def _back(self, eqn: Any, j: int, axes: dict[int | None, int]) -> dict[int | None, int] | None:
-        if eqn.primitive.name not in STRUCTURAL or math.prod(shape_of(eqn.invars[0])) != math.prod(
-            shape_of(eqn.outvars[0])
+        if (
+            eqn.primitive.name not in STRUCTURAL
+            or len(eqn.invars) != 1
+            or math.prod(shape_of(eqn.invars[0])) != math.prod(shape_of(eqn.outvars[0]))
         ):
             return None
         moved = {}
@@ -107,7 +109,9 @@ class Views:
                 if self.flow.passed_through(eqn, i):
                     return None
                 var = inside[0][0]
-            elif eqn.primitive.name in STRUCTURAL or (self.scaled and scaled_operand(eqn) == i):
+            elif (eqn.primitive.name in STRUCTURAL and len(eqn.outvars) == 1) or (
+                self.scaled and scaled_operand(eqn) == i
+            ):
                 var = eqn.outvars[0]
             else:
                 return eqn, i

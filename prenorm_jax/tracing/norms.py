@@ -199,7 +199,7 @@ class _Walk:
             use, i = self.flow.uses[value][0]
             if use.primitive.name == "add":
                 return self.matched_bias(use, 1 - i, axes, kernel)
-            if use.primitive.name not in STRUCTURAL:
+            if use.primitive.name not in STRUCTURAL or len(use.outvars) != 1:
                 return None
             moved = {}
             for leaf_axis, a in axes.items():

@@ -143,14 +143,23 @@ def _worthwhile(plan: Plan, stream: list[Site], wanted: dict, roots: dict, activ
             best, balance = k, net
     if activations == "always":
         best = len(stream)
+    every = {r: None for site in stream for r in wanted[site]}
+    in_all = (
+        f"; for its stream of {len(stream)} in all, {_cost(every)} added and {sum(s.removes for s in stream)} removed"
+    )
     for site in stream[best:]:
-        cost = sum(r.trips for r in wanted[site])
+        cost = _cost(wanted[site])
         obstacle = plan.zero_mean.obstacle(roots[site][0])
         plan.reasons[site] = (
             f"it does not pay: recentering activations would add {cost} reduction{'s' * (cost != 1)} "
-            f"and remove {site.removes} here ({obstacle})"
+            f"and remove {site.removes} here ({obstacle}){in_all * (len(stream) > 1)}"
         )
     return stream[:best]
+
+
+def _cost(made: Iterable[Recentering]) -> int:
+    """Reductions that recenterings add."""
+    return sum(r.trips for r in made)
 
 
 def _prove(plan: Plan, roots: dict) -> None:

@@ -256,6 +256,23 @@ class ZeroMean:
         return "an input of the program or of a sub-program"
 
 
+Bill = frozenset[Recentering] | None
+"""What is recentered for a value's zero mean; None if nothing gives it that."""
+
+
+def _total(bill: Bill) -> float:
+    return math.inf if bill is None else sum(r.price for r in bill)
+
+
+def _together(bills: Iterable[Bill]) -> Bill:
+    found: frozenset[Recentering] = frozenset()
+    for bill in bills:
+        if bill is None:
+            return None
+        found |= bill
+    return found
+
+
 class _Spending:
     """Chooses, for each value on the way, whether to recenter it or to rely on what it is made of."""
 
@@ -294,33 +311,35 @@ class _Spending:
         return self.through[key]
 
     def costs(self, roots: list[Need]) -> dict[Node, float]:
-        """The least price of each value's zero mean. A choice is made when a price first falls, and rests on settled ones."""
+        """The least price of each value's zero mean, found as sets of recenterings, so that what two terms share is paid for once and
+        what a loop's carry rests on is not paid for again by its next iteration. Sets grow from nothing, or give way to one recentering
+        of the value itself, once: that ends."""
         order = self.facts.closure(roots, lambda need: need.node in self.settled)
-        cost = {node: 0.0 if node in self.settled else math.inf for node in order}
+        bills: dict[Node, Bill] = dict.fromkeys(order, frozenset())
         changed = True
         while changed:
             changed = False
             for node, need in order.items():
-                if node in self.settled:
+                if node in self.settled or self.choice.get(node) is not None:
                     continue
-                best, how = self.best(need, cost)
-                if best < cost[node]:
-                    cost[node], self.choice[node], changed = best, how, True
-        return cost
+                bill, how = self.best(need, bills)
+                if bill != bills[node] or node not in self.choice:
+                    bills[node], self.choice[node], changed = bill, how, True
+        return {node: _total(bill) for node, bill in bills.items()}
 
-    def best(self, need: Need, cost: dict[Node, float]) -> tuple[float, Recentering | None]:
+    def best(self, need: Need, bills: dict[Node, Bill]) -> tuple[Bill, Recentering | None]:
         parts, option = self.facts.needs(need), self.option(need)
         if self.free(need):
-            return 0.0, option if option is not None and option.trips == 0 else None
-        whole = math.inf if parts is None else sum(self.price(n, cost) for n in parts)
-        return (option.price, option) if option is not None and option.price < whole else (whole, None)
+            return frozenset(), option if option is not None and option.trips == 0 else None
+        whole = None if parts is None else _together(self.bill(n, bills) for n in parts)
+        return (frozenset({option}), option) if option is not None and option.price < _total(whole) else (whole, None)
 
-    def price(self, need: Need, cost: dict[Node, float]) -> float:
-        direct = cost[need.node]
-        if direct == 0.0 or self._taken(need):
-            return 0.0
+    def bill(self, need: Need, bills: dict[Node, Bill]) -> Bill:
+        direct = bills[need.node]
+        if direct == frozenset() or self._taken(need):
+            return frozenset()
         option = self.use_option(need) if need.eqn is not None else None
-        return min(direct, option.price if option is not None else math.inf)
+        return frozenset({option}) if option is not None and option.price < _total(direct) else direct
 
     def _taken(self, need: Need) -> bool:
         return (id(need.eqn), need.operand, need.axes) in self.taken

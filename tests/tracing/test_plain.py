@@ -419,7 +419,7 @@ def test_effects_stay_in_order(capsys):
 def test_single_precision_programs_convert_in_a_single_precision_process():
     with jax.enable_x64(False):
         params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), gpt_params(1))
-        out = convert(gpt(), params, tokens().astype(jnp.int32))
+        out = convert(gpt(), params, np.asarray(tokens()))  # int64 to NumPy, int32 to JAX
         assert out.report.error < 1e-10
         assert out.report.converted == 3
         assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(out.params))

@@ -51,7 +51,7 @@ def test_a_scan_that_carries_a_tuple_under_a_checkpoint_policy(check):
         (x, loss, _), path = jax.lax.scan(step, (p["embed"][t], 0.0, key), p["blocks"])
         return layer_norm(p["ln"], x) @ p["head"], loss, path
 
-    check(fn, model_params(), tokens(), jax.random.key(0), sites=4, grads=True)
+    check(fn, model_params(), tokens(), jax.random.key(0), sites=5, grads=True)
 
 
 def test_layers_dropped_by_cond_in_a_scan(check):

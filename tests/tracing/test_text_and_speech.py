@@ -355,4 +355,4 @@ def test_gated_pair_updates(check):
         "single": linear(5, D), "pair": linear(3, dp), "blocks": [block()], "ln_out": ln(), "ln_pair": ln(dp), "head": normal(D, 3),
         "distogram": normal(dp, 4),
     }  # fmt: skip
-    check(fn, params, normal(B, L, 5), normal(B, L, L, 3), sites=7, kept=1, added=1)
+    check(fn, params, normal(B, L, 5), normal(B, L, L, 3), sites=8, kept=1, added=1)
