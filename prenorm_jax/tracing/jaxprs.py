@@ -108,7 +108,7 @@ class Program:
         return dict(zip(self.jaxpr.invars[len(self.args) :], self.consts, strict=True))
 
 
-class Varying(jex.Literal):
+class Varying(jex.Literal):  # type: ignore[misc]  # final for type checkers alone
     """A number that `pvary` says may differ between devices, which `shard_map` wants to know and the analyses don't."""
 
     def __init__(self, value: Any, aval: Any, eqn: Any):

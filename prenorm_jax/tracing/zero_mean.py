@@ -101,7 +101,8 @@ class ZeroMean:
         sources = self.flow.sources(atom)
         if sources is not None:
             moved = [(a, self.flow.carried(atom, axes, a, delta), e, i) for a, e, i, delta in sources]
-            return [Need(*need) for need in moved] if all(x is not None for _, x, _, _ in moved) else None
+            whole = [Need(a, x, e, i) for a, x, e, i in moved if x is not None]
+            return whole if len(whole) == len(moved) else None
         if eqn is None:
             return None
         found = rule_for(eqn.primitive.name).zero(eqn, j, axes, self.shifts.facts)
