@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
-from prenorm_jax.main_branch import MainBranch, Norm, Reader, Writer
-from prenorm_jax.tracing.decision import ConversionError, decide
+import numpy as np
+
+from prenorm_jax.bases import stacks
+from prenorm_jax.main_branch import MainBranch, Norm, Reader, Writer, side_by_side
+from prenorm_jax.tracing.decision import ConversionError, Decision, decide
 from prenorm_jax.tracing.norms import NormFound, norms_of
 from prenorm_jax.tracing.report import report_of
 from prenorm_jax.tracing.signature import Arguments, trace_program
 
 
+@overload
 def trace(
     fn: Callable[..., Any], params: Any, *inputs: Any, activations: str = "pays", width: int | None = None
-) -> MainBranch:
+) -> MainBranch: ...
+
+
+@overload
+def trace(
+    fn: Callable[..., Any], params: Any, *inputs: Any, activations: str = "pays", width: Literal["each"]
+) -> tuple[MainBranch, ...]: ...
+
+
+def trace(
+    fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    activations: str = "pays",
+    width: int | Literal["each"] | None = None,
+) -> MainBranch | tuple[MainBranch, ...]:
     """Find the main branch of a program: which leaves write to it, and which read it behind which norm.
 
     The result describes `params` leaf by leaf, for `fold_affine`, `recenter`, `to_pre_rmsnorm` and the others. Where `convert`
@@ -24,10 +44,13 @@ def trace(
     Args:
       fn, params, *inputs: as for `convert`; shapes are all that is looked at.
       activations: as for `convert`.
-      width: which main branch, by its width, where a program has several.
+      width: which main branch, by its width, where a program has several; "each" for a tuple of all of them, narrowest first, side by
+        side: the transforms are then applied with one after the other.
 
-    Raises: ConversionError where nothing can be converted, where there are main branches of several widths, or where a
-      vector between writer and main branch (LayerScale) has to move first, which a description can't say (`convert` does it).
+    A LayerScale that has to move into its writer before that is recentered is the writer's `scale`.
+
+    Raises: ConversionError where nothing can be converted, where there are main branches of several widths and none is chosen, or where a
+      LayerScale is of a shape that a description can't say (`convert` moves it all the same).
 
     >>> import jax, jax.numpy as jnp
     >>> def fn(params, x):
@@ -43,27 +66,44 @@ def trace(
     decision, plan, program = decide(
         trace_program(fn, arguments).program, arguments.paths, floats, activations, fold=False
     )
-    found = [n for n in norms_of(plan) if plan.converted[n.site] and width in (None, n.site.width)]
+    found = [n for n in norms_of(plan) if plan.converted[n.site] and width in (None, "each", n.site.width)]
     if not found:
         raise ConversionError(f"no main branch was found\n{report_of(plan, program, decision)}")
     widths = sorted({n.site.width for n in found})
-    if len(widths) > 1:
-        raise ConversionError(f"main branches of widths {', '.join(map(str, widths))}: choose one with width=...")
-    paths = arguments.paths
-    if decision.absorbed:
-        names = ", ".join(paths[a.scale] for a in decision.absorbed)
+    if len(widths) > 1 and width != "each":
         raise ConversionError(
-            f"{names}: has to move into its writers before these are recentered; use convert, which does it"
+            f'main branches of widths {", ".join(map(str, widths))}: choose one with width=..., or width="each" for all of them'
         )
     shapes = [a.shape for a in arguments.arrays]
-    writers = tuple(
-        Writer(paths[k], axes[0] - len(shapes[k]))
-        for k, axes in decision.leaves
-        if len(axes) == 1 and shapes[k][axes[0]] == widths[0]
-    )
+    branches = [_branch(d, [n for n in found if n.site.width == d], decision, arguments.paths, shapes) for d in widths]
+    covered = {path for branch in branches for path in _touched(branch)}
+    others = tuple(path for path in arguments.paths if path not in covered)
+    described = side_by_side(*(dataclasses.replace(branch, others=others) for branch in branches))
+    return described if width == "each" else described[0]
+
+
+def _branch(
+    width: int, found: list[NormFound], decision: Decision, paths: list[str], shapes: list[tuple[int, ...]]
+) -> MainBranch:
+    """The main branch of one width, without its `others`."""
+    scales = {k: absorbed.scale for absorbed in decision.absorbed for k, _ in absorbed.targets}
+    writers = []
+    for k, axes in decision.leaves:
+        if len(axes) == 1 and shapes[k][axes[0]] == width:
+            axis, scale = axes[0] - len(shapes[k]), scales.get(k)
+            if scale is not None and not _lines_up(shapes[scale], shapes[k], axis):
+                raise ConversionError(
+                    f"{paths[scale]} {shapes[scale]}: has to move into {paths[k]} {shapes[k]} before that is recentered, and a "
+                    "description knows vectors (layers..., width) only; use convert, which does it"
+                )
+            writers.append(Writer(paths[k], axis, scale=None if scale is None else paths[scale]))
     norms = tuple(norm for n in found if (norm := _norm(n, paths, shapes)) is not None)
-    covered = {w.leaf for w in writers} | {p for n in norms for p in _leaves_of(n)}
-    return MainBranch(writers, norms, tuple(p for p in paths if p not in covered), widths[0])
+    return MainBranch(tuple(writers), norms, (), width)
+
+
+def _lines_up(vector: tuple[int, ...], kernel: tuple[int, ...], axis: int) -> bool:
+    """Whether a (layers..., width) vector can multiply the kernel along its axis as the transforms have it."""
+    return stacks(np.empty(vector), np.empty(kernel), axis) and vector[-1] == kernel[axis]
 
 
 def _norm(found: NormFound, paths: list[str], shapes: list[tuple[int, ...]]) -> Norm | None:
@@ -83,6 +123,8 @@ def _norm(found: NormFound, paths: list[str], shapes: list[tuple[int, ...]]) -> 
     return Norm(tuple(readers), scale, bias, found.eps)
 
 
-def _leaves_of(norm: Norm) -> set[str]:
-    own = {p for p in (norm.scale, norm.bias) if p is not None}
-    return own | {r.kernel for r in norm.readers} | {r.bias for r in norm.readers if r.bias is not None}
+def _touched(branch: MainBranch) -> set[str]:
+    """The leaves that a description without patterns names."""
+    own = {p for w in branch.writers for p in (w.leaf, w.scale)} | {p for n in branch.norms for p in (n.scale, n.bias)}
+    read = {p for n in branch.norms for r in n.readers for p in (r.kernel, r.bias)}
+    return {p for p in own | read if p is not None}

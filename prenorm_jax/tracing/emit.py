@@ -157,7 +157,7 @@ class Emitter:
 
 _UNIFORM = names(
     "convert_element_type broadcast_in_dim reshape squeeze transpose square copy copy_p reduce_precision "
-    "stop_gradient slice name tile expand_dims"
+    "stop_gradient slice name tile expand_dims pvary"
 )
 
 

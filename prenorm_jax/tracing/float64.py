@@ -18,6 +18,7 @@ from prenorm_jax.tracing.jaxprs import (
     CUSTOM,
     INLINED,
     Program,
+    Varying,
     bind,
     is_float,
     is_var,
@@ -32,13 +33,23 @@ _WIDENED = names(
     "broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice rev concatenate pad "
     "split reduce_sum reduce_max reduce_min reduce_prod cumsum cumprod cummax cummin cumlogsumexp tile gather "
     "scatter scatter-add scatter_add name sharding_constraint optimization_barrier is_finite sort clamp "
-    "expand_dims"
+    "expand_dims stack unstack broadcast_to reshard layout_constraint relayout pvary tan asin acos atan atan2 sinh cosh asinh acosh "
+    "atanh rem floor ceil round lgamma digamma log2 top_k argmax argmin scatter-sub scatter-mul scatter-min scatter-max "
+    "reduce_window_sum reduce_window_max reduce_window_min psum psum_invariant pmin pmax ppermute pbroadcast preduced all_gather "
+    "all_gather_invariant reduce_scatter all_to_all"
 )
 
 
 def evaluate64(program: Program, args: list[Any]) -> list[Any]:
     """The program's results with all floating point arithmetic in float64. Call it under `jax.enable_x64(True)`."""
-    return _run(program.jaxpr, [], [_wide(a) for a in (*args, *program.consts)])
+    values = zip((*args, *program.consts), program.jaxpr.invars, strict=True)
+    return _run(program.jaxpr, [], [_wide(a if is_float(v) else _as_traced(a, v.aval)) for a, v in values])
+
+
+def _as_traced(value: Any, aval: Any) -> Any:
+    """An index in the width that it was traced in: NumPy's are int64 where JAX has int32."""
+    extended = jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)
+    return value if extended else jnp.asarray(value, aval.dtype)
 
 
 def _wide(value: Any) -> Any:
@@ -61,7 +72,9 @@ def _run(jaxpr: Any, consts: list, args: list) -> list:
     env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
 
     def read(atom: Any) -> Any:
-        return env[atom] if is_var(atom) else _wide(np.asarray(atom.val, atom.aval.dtype))
+        if is_var(atom):
+            return env[atom]
+        return _wide(atom.bound() if isinstance(atom, Varying) else np.asarray(atom.val, atom.aval.dtype))
 
     last_use = {a: k for k, e in enumerate(jaxpr.eqns) for a in e.invars if is_var(a)}
     kept = {a for a in jaxpr.outvars if is_var(a)}
@@ -137,6 +150,20 @@ def _cond(eqn: Any, args: list) -> list:
     return list(jax.lax.switch(jnp.asarray(args[0], jnp.int32), runs, *args[1:]))
 
 
+def _shard_map(eqn: Any, args: list) -> list:
+    params = eqn.params
+    body = open_program(params["jaxpr"])[0]
+    run = jax.shard_map(
+        lambda *a: tuple(_run(body, [], list(a))),
+        mesh=params["mesh"],
+        in_specs=tuple(params["in_specs"]),
+        out_specs=tuple(params["out_specs"]),
+        axis_names=set(params["newly_manual_axes"]),
+        check_vma=params["check_vma"],
+    )
+    return list(run(*args))
+
+
 def _strong(value: Any) -> Any:
     """Without a weak type, so that a loop's carry keeps its type."""
     if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
@@ -144,5 +171,6 @@ def _strong(value: Any) -> Any:
     return jax.lax.convert_element_type(value, value.dtype)
 
 
-_STRUCTURED = {"scan": _scan, "while": _while, "cond": _cond, "remat2": _call, "remat": _call, "checkpoint": _call}
+_STRUCTURED = {"scan": _scan, "while": _while, "cond": _cond, "shard_map": _shard_map}
+_STRUCTURED |= dict.fromkeys(("remat2", "remat", "checkpoint"), _call)
 _STRUCTURED |= dict.fromkeys((*INLINED, *CUSTOM), _call)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from prenorm_jax.tracing.jaxprs import Program, bodies_of, is_var, scan_counts
+from prenorm_jax.tracing.jaxprs import Axes, Program, bodies_of, is_var, scan_counts, shape_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -15,17 +15,74 @@ class Body:
     jaxpr: Any
     parent: Body | None = None
     eqn: Any = None
-    role: str = "main"  # main, scan, while, while_cond, cond, region, custom
+    role: str = "main"  # main, scan, while, while_cond, cond, region, shard, custom
     trips: int = 1
 
     def in_custom(self) -> bool:
-        return self.role == "custom" or (self.parent is not None and self.parent.in_custom())
+        return self.custom_eqn() is not None
+
+    def custom_eqn(self) -> Any:
+        """The outermost custom derivative call that it is in, or None."""
+        outer = self.parent.custom_eqn() if self.parent is not None else None
+        return outer if outer is not None or self.role != "custom" else self.eqn
+
+    def takes_recenterings(self) -> bool:
+        """Whether values in it may be recentered: not in a custom rule's function, nor where `shard_map` checks what varies between
+        devices, which a new equation would have to say, too."""
+        closed = self.role == "custom" or (self.role == "shard" and self.eqn.params["check_vma"])
+        return not closed and (self.parent is None or self.parent.takes_recenterings())
+
+
+@dataclasses.dataclass
+class Links:
+    """How values cross the boundary of a structured equation; `delta` is what an axis loses on its way in (1 for what a scan
+    iterates over, whose first axis is gone inside).
+
+    Attributes:
+      enters: (operand, body, argument of the body, delta).
+      leaves: (body, result of the body, result of the equation, delta).
+      again: (body, result of it, body, argument that it becomes at the next iteration).
+      skips: (operand, result of the equation) that are equal when a loop makes no trip.
+    """
+
+    enters: list[tuple[int, Body, int, int]]
+    leaves: list[tuple[Body, int, int, int]]
+    again: list[tuple[Body, int, Body, int]] = dataclasses.field(default_factory=list)
+    skips: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(cls, eqn: Any, bodies: list[Body]) -> Links:
+        operands, results = range(len(eqn.invars)), range(len(eqn.outvars))
+        role, body = bodies[0].role, bodies[0]
+        if role == "scan":
+            consts, carry = scan_counts(eqn)
+            return cls(
+                [(i, body, i, int(i >= consts + carry)) for i in operands],
+                [(body, j, j, int(j >= carry)) for j in results],
+                [(body, j, body, consts + j) for j in range(carry)],
+                [(consts + j, j) for j in range(carry)],
+            )
+        if role == "while_cond":
+            loop, nc, nb = bodies[1], eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+            return cls(
+                [(i, body, i if i < nc else i - nb, 0) for i in operands if not nc <= i < nc + nb]
+                + [(i, loop, i - nc, 0) for i in operands if i >= nc],
+                [(loop, j, j, 0) for j in results],
+                [(loop, j, b, n + j) for j in results for b, n in ((body, nc), (loop, nb))],
+                [(nc + nb + j, j) for j in results],
+            )
+        first = 1 if role == "cond" else 0  # operand 0 of a cond steers
+        return cls(
+            [(i, b, i - first, 0) for i in operands[first:] for b in bodies],
+            [(b, j, j, 0) for b in bodies for j in results],
+        )
 
 
 class Flow:
     """Where every variable of a program is defined and used, across body boundaries.
 
-    An axis of an operand and the same axis inside the body differ by `delta` (0, or 1 for what a scan iterates over).
+    An axis of an operand and the same axis inside the body differ by `delta` (0, or 1 for what a scan iterates over). Inside a
+    `shard_map` an axis that is sharded is shorter: see `carried`.
     """
 
     def __init__(self, program: Program):
@@ -37,6 +94,10 @@ class Flow:
         self.bodies: list[Body] = []
         self.bodies_of: dict[int, list[Body]] = {}
         self.body_of_eqn: dict[int, Body] = {}
+        self._inputs: dict[tuple[int, int], list[tuple[Any, int]]] = {}
+        self._exits: dict[tuple[int, int], list[tuple[Any, int]]] = {}
+        self._sources: dict[Any, list[tuple[Any, Any, int, int]]] = {}
+        self._skips: dict[tuple[int, int], list[Any]] = {}
         self._add(Body(program.jaxpr))
 
     def _add(self, body: Body) -> None:
@@ -55,108 +116,54 @@ class Flow:
             children = [Body(jaxpr, body, eqn, role, body.trips * trips) for jaxpr, role, trips in bodies_of(eqn)]
             if children:
                 self.bodies_of[id(eqn)] = children
+                self._link(eqn, Links.of(eqn, children))
                 for child in children:
                     self._add(child)
+
+    def _link(self, eqn: Any, links: Links) -> None:
+        """Record the boundary of an equation in both directions."""
+        for i, b, k, delta in links.enters:
+            self._inputs.setdefault((id(eqn), i), []).append((b.jaxpr.invars[k], delta))
+            self._sources.setdefault(b.jaxpr.invars[k], []).append((eqn.invars[i], eqn, i, -delta))
+        for b, p, c, k in links.again:
+            self._exits.setdefault((id(b), p), []).append((c.jaxpr.invars[k], 0))
+            self._sources.setdefault(c.jaxpr.invars[k], []).append((b.jaxpr.outvars[p], None, -1, 0))
+        for b, p, j, delta in links.leaves:
+            self._exits.setdefault((id(b), p), []).append((eqn.outvars[j], -delta))
+            self._sources.setdefault(eqn.outvars[j], []).append((b.jaxpr.outvars[p], None, -1, delta))
+        for i, j in links.skips:
+            self._skips.setdefault((id(eqn), i), []).append(eqn.outvars[j])
+            self._sources.setdefault(eqn.outvars[j], []).append((eqn.invars[i], eqn, i, 0))
 
     @property
     def main(self) -> Body:
         return self.bodies[0]
 
-    def inputs(self, eqn: Any, i: int) -> list[tuple[Any, int]] | None:
-        """Body variables fed by operand i of a structured equation; [] if it only steers (a cond's index), None if
-        equation `eqn` has no bodies."""
-        children = self.bodies_of.get(id(eqn))
-        if children is None:
+    @staticmethod
+    def carried(atom: Any, axes: Axes, other: Any, delta: int) -> Axes | None:
+        """The axes of `other` that `axes` of `atom` are on the other side of a body's boundary; None where one of them is what a scan
+        iterates over, or is not whole on both sides because devices share it."""
+        moved = tuple(a - delta for a in axes)
+        if any(a < 0 for a in moved):
             return None
-        role = children[0].role
-        if role == "scan":
-            consts, carry = scan_counts(eqn)
-            return [(children[0].jaxpr.invars[i], 0 if i < consts + carry else 1)]
-        if role == "cond":
-            return [] if i == 0 else [(c.jaxpr.invars[i - 1], 0) for c in children]
-        if role in ("while", "while_cond"):
-            cond, loop = (c.jaxpr for c in sorted(children, key=lambda c: c.role, reverse=True))
-            nc, nb = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-            if i < nc:
-                return [(cond.invars[i], 0)]
-            if i < nc + nb:
-                return [(loop.invars[i - nc], 0)]
-            return [(cond.invars[i - nb], 0), (loop.invars[i - nc], 0)]
-        return [(children[0].jaxpr.invars[i], 0)]
+        here, there = shape_of(atom), shape_of(other)
+        return moved if all(here[a] == there[b] for a, b in zip(axes, moved, strict=True)) else None
+
+    def inputs(self, eqn: Any, i: int) -> list[tuple[Any, int]] | None:
+        """Body variables fed by operand i of a structured equation, with delta; [] if it only steers (a cond's index), None if
+        equation `eqn` has no bodies."""
+        return self._inputs.get((id(eqn), i), []) if id(eqn) in self.bodies_of else None
 
     def passed_through(self, eqn: Any, i: int) -> list[Any]:
         """Results that equal operand i when a loop makes no trip."""
-        children = self.bodies_of[id(eqn)]
-        if children[0].role == "scan":
-            consts, carry = scan_counts(eqn)
-            return [eqn.outvars[i - consts]] if consts <= i < consts + carry else []
-        if children[0].role in ("while", "while_cond"):
-            skip = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
-            return [eqn.outvars[i - skip]] if i >= skip else []
-        return []
+        return self._skips.get((id(eqn), i), [])
 
     def exits(self, body: Body, position: int) -> list[tuple[Any, int]] | None:
-        """Variables that output `position` of a body becomes; None where it is a result of the program or decides
-        about a loop."""
-        eqn = body.eqn
-        if body.role in ("main", "while_cond", "custom"):
-            return None
-        if body.role == "scan":
-            consts, carry = scan_counts(eqn)
-            if position < carry:
-                return [(body.jaxpr.invars[consts + position], 0), (eqn.outvars[position], 0)]
-            return [(eqn.outvars[position], -1)]
-        if body.role == "while":
-            cond = next(c for c in self.bodies_of[id(eqn)] if c.role == "while_cond")
-            nc, nb = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-            return [
-                (body.jaxpr.invars[nb + position], 0),
-                (cond.jaxpr.invars[nc + position], 0),
-                (eqn.outvars[position], 0),
-            ]
-        return [(eqn.outvars[position], 0)]
+        """Variables that output `position` of a body becomes, with delta; None where it is a result of the program, decides about a
+        loop or leaves a custom derivative rule's function."""
+        return None if body.role in ("main", "while_cond", "custom") else self._exits.get((id(body), position), [])
 
     def sources(self, var: Any) -> list[tuple[Any, Any, int, int]] | None:
         """Every atom whose value `var` can hold, for a body's argument or a structured equation's result, as
         (atom, equation and operand index it is taken from or None, -1, delta). None for any other variable."""
-        if var in self.definer:
-            return self._result_sources(*self.definer[var])
-        body = self.body_of[var]
-        if body.eqn is None:
-            return None
-        eqn, position = body.eqn, body.jaxpr.invars.index(var)
-        if body.role == "scan":
-            consts, carry = scan_counts(eqn)
-            found = [(eqn.invars[position], eqn, position, -1 if position >= consts + carry else 0)]
-            if consts <= position < consts + carry:
-                found.append((body.jaxpr.outvars[position - consts], None, -1, 0))
-            return found
-        if body.role == "cond":
-            return [(eqn.invars[position + 1], eqn, position + 1, 0)]
-        if body.role in ("while", "while_cond"):
-            nc, nb = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-            own = nc if body.role == "while_cond" else nb
-            operand = position + nb if body.role == "while_cond" else position + nc
-            if position < own:
-                operand = position if body.role == "while_cond" else position + nc
-                return [(eqn.invars[operand], eqn, operand, 0)]
-            loop = next(c for c in self.bodies_of[id(eqn)] if c.role == "while")
-            return [(eqn.invars[operand], eqn, operand, 0), (loop.jaxpr.outvars[position - own], None, -1, 0)]
-        return [(eqn.invars[position], eqn, position, 0)]
-
-    def _result_sources(self, eqn: Any, j: int) -> list[tuple[Any, Any, int, int]] | None:
-        children = self.bodies_of.get(id(eqn))
-        if children is None:
-            return None
-        role = children[0].role
-        if role == "scan":
-            consts, carry = scan_counts(eqn)
-            inside = children[0].jaxpr.outvars[j]
-            if j >= carry:
-                return [(inside, None, -1, 1)]
-            return [(inside, None, -1, 0), (eqn.invars[consts + j], eqn, consts + j, 0)]
-        if role in ("while", "while_cond"):
-            loop = next(c for c in children if c.role == "while")
-            i = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"] + j
-            return [(loop.jaxpr.outvars[j], None, -1, 0), (eqn.invars[i], eqn, i, 0)]
-        return [(c.jaxpr.outvars[j], None, -1, 0) for c in children]
+        return self._sources.get(var)

@@ -94,7 +94,8 @@ class Program:
     consts: list
 
     def __call__(self, *args: Any) -> list:
-        return jax.core.eval_jaxpr(self.jaxpr, [], *args, *(_typed(c, v.aval) for v, c in self.constants.items()))
+        consts = (_typed(c, v.aval) for v, c in self.constants.items())
+        return jax.core.eval_jaxpr(with_pvary(self.jaxpr), [], *args, *consts)
 
     @property
     def args(self) -> list:
@@ -105,6 +106,36 @@ class Program:
     def constants(self) -> dict:
         """The variables of the constants, with their values."""
         return dict(zip(self.jaxpr.invars[len(self.args) :], self.consts, strict=True))
+
+
+class Varying(jex.Literal):  # type: ignore[misc]  # final for type checkers alone
+    """A number that `pvary` says may differ between devices, which `shard_map` wants to know and the analyses don't."""
+
+    def __init__(self, value: Any, aval: Any, eqn: Any):
+        super().__init__(value, aval)
+        self.eqn = eqn  # a pvary of a number
+
+    def bound(self) -> Any:
+        """Its value inside `shard_map`."""
+        return bind(self.eqn, [np.asarray(self.val, self.eqn.invars[0].aval.dtype)])[0]
+
+
+def with_pvary(jaxpr: Any) -> Any:
+    """The jaxpr with `Varying` numbers written as equations again, in all its bodies."""
+    eqns: list[Any] = []
+    changed = False
+    for eqn in jaxpr.eqns:
+        args = list(eqn.invars)
+        for i, atom in enumerate(args):
+            if isinstance(atom, Varying):
+                args[i] = jex.Var(atom.aval)
+                eqns.append(atom.eqn.replace(invars=[literal(atom.val, atom.eqn.invars[0].aval)], outvars=[args[i]]))
+        bodies = [body for body, *_ in bodies_of(eqn)]
+        inner = [with_pvary(body) for body in bodies]
+        same = all(a is b for a, b in zip(bodies, inner, strict=True))
+        changed |= not same or any(isinstance(a, Varying) for a in eqn.invars)
+        eqns.append(eqn.replace(invars=args, params=eqn.params if same else replace_bodies(eqn, inner)))
+    return remake(jaxpr, list(jaxpr.invars), list(jaxpr.outvars), eqns) if changed else jaxpr
 
 
 # --- what depends on the JAX version ---------------------------------------------------------------------------------
@@ -118,6 +149,18 @@ def open_program(value: Any) -> tuple[Any, list]:
     """(jaxpr, consts) of a closed or open jaxpr; the two are one class from JAX 0.12 on."""
     jaxpr = getattr(value, "jaxpr", value) if isinstance(value, jex.ClosedJaxpr) else value
     return jaxpr, list(getattr(value, "consts", ()) or ())
+
+
+def custom_name(eqn: Any) -> str:
+    """The name of a custom_jvp or custom_vjp function, as far as JAX recorded it."""
+    body = next((body for body, *_ in bodies_of(eqn)), None)
+    recorded = str(getattr(getattr(body, "debug_info", None), "func_src_info", None) or "").split(" at ")[0]
+    return recorded or eqn.primitive.name
+
+
+def has_side_effect(eqn: Any) -> bool:
+    """Whether running an equation is seen elsewhere; that it names a mesh axis is no such effect."""
+    return any(type(e).__name__ != "NamedAxisEffect" for e in eqn.effects)
 
 
 def close_like(old: Any, jaxpr: Any) -> Any:
@@ -161,6 +204,8 @@ def bodies_of(eqn: Any) -> list[tuple[Any, str, int]]:
         return [(cond, "while_cond", 1), (loop, "while", 1)]
     if name == "cond":
         return [(open_program(b)[0], "cond", 1) for b in params["branches"]]
+    if name == "shard_map":
+        return [(open_program(params["jaxpr"])[0], "shard", 1)]
     if name in ("remat2", "remat", "checkpoint", *INLINED):
         key = "jaxpr" if "jaxpr" in params else "call_jaxpr"
         return [(open_program(params[key])[0], "region", 1)]
@@ -200,18 +245,39 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+LIBRARIES = (
+    "/jax/",
+    "/jaxlib/",
+    "/flax/",
+    "/haiku/",
+    "/equinox/",
+    "/penzai/",
+    "/prenorm_jax/norms",
+    "<frozen",
+    "<string",
+)
+
+
 def where(eqn: Any) -> str:
-    """Where an equation comes from: its name scopes and the first line outside JAX, as far as JAX recorded them."""
-    stack = str(eqn.source_info.name_stack)
-    line = ""
-    for frame in _frames(eqn):
-        path = str(frame.file_name)
-        if not any(
-            part in path for part in ("/jax/", "/jaxlib/", "/flax/", "/haiku/", "/equinox/", "<frozen", "<string")
-        ):
-            line = f"{path.rsplit('/', 1)[-1]}:{frame.line_num} ({frame.function_name})"
-            break
-    return " at ".join(s for s in (stack, line) if s) or eqn.primitive.name
+    """Where an equation comes from: its name scopes and its line in the caller's code, as far as JAX recorded them."""
+    scopes = "/".join(s for s in str(eqn.source_info.name_stack).split("/") if s and not s.endswith(")"))
+    return " at ".join(s for s in (scopes, line_of(eqn)) if s) or eqn.primitive.name
+
+
+def line_of(eqn: Any) -> str:
+    """The innermost line behind an equation that is neither a library's nor a norm function's own; "" where none is recorded."""
+    frames = [f for f in _frames(eqn) if not any(part in str(f.file_name) for part in LIBRARIES)]
+    outside = [f for f in frames if not _is_norm(str(f.function_name))] or frames
+    if not outside:
+        return ""
+    name = str(outside[0].function_name).replace("<locals>.", "")
+    return f"{str(outside[0].file_name).rsplit('/', 1)[-1]}:{outside[0].line_num} ({name})"
+
+
+def _is_norm(function: str) -> bool:
+    """Whether a function is named after what it normalizes: the line that calls it says more."""
+    *owners, own = function.lower().split(".")
+    return "norm" in own or own in ("ln", "_ln") or (bool(owners) and owners[-1].endswith("norm"))
 
 
 def _frames(eqn: Any) -> Iterator[Any]:

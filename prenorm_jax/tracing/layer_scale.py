@@ -19,7 +19,7 @@ from prenorm_jax.tracing.rules import rule_for
 _CARRIES = names(
     "add sub add_any neg convert_element_type reshape transpose squeeze broadcast_in_dim slice dynamic_slice "
     "concatenate pad select_n mul div reduce_sum dot_general conv_general_dilated gather name "
-    "sharding_constraint copy copy_p reduce_precision"
+    "sharding_constraint copy copy_p reduce_precision pvary"
 )
 
 

@@ -17,7 +17,7 @@ from prenorm_jax.tracing.jaxprs import is_float, is_var, names, scalar_value, sh
 from prenorm_jax.tracing.rules import ConstantAlong, rule_for
 
 STRUCTURAL = names(
-    "convert_element_type reshape transpose squeeze broadcast_in_dim copy copy_p name sharding_constraint"
+    "convert_element_type reshape transpose squeeze broadcast_in_dim copy copy_p name sharding_constraint optimization_barrier pvary"
 )
 
 
@@ -71,8 +71,10 @@ class Views:
             var, axes = step
 
     def _back(self, eqn: Any, j: int, axes: dict[int | None, int]) -> dict[int | None, int] | None:
-        if eqn.primitive.name not in STRUCTURAL or math.prod(shape_of(eqn.invars[0])) != math.prod(
-            shape_of(eqn.outvars[0])
+        if (
+            eqn.primitive.name not in STRUCTURAL
+            or len(eqn.invars) != 1
+            or math.prod(shape_of(eqn.invars[0])) != math.prod(shape_of(eqn.outvars[0]))
         ):
             return None
         moved = {}
@@ -86,9 +88,11 @@ class Views:
     def _outside(self, var: Any, axes: dict[int | None, int]) -> tuple[Any, dict[int | None, int]] | None:
         body = self.flow.body_of[var]
         sources = self.flow.sources(var)
-        if body.role not in ("scan", "region") or sources is None or len(sources) != 1:
+        if body.role not in ("scan", "region", "shard") or sources is None or len(sources) != 1:
             return None
         atom, _, _, delta = sources[0]
+        if self.flow.carried(var, tuple(axes.values()), atom, delta) is None:
+            return None
         if delta:
             axes = {key: a + 1 for key, a in axes.items()} | {id(body.eqn): 0}
         return atom, axes
@@ -105,7 +109,9 @@ class Views:
                 if self.flow.passed_through(eqn, i):
                     return None
                 var = inside[0][0]
-            elif eqn.primitive.name in STRUCTURAL or (self.scaled and scaled_operand(eqn) == i):
+            elif (eqn.primitive.name in STRUCTURAL and len(eqn.outvars) == 1) or (
+                self.scaled and scaled_operand(eqn) == i
+            ):
                 var = eqn.outvars[0]
             else:
                 return eqn, i

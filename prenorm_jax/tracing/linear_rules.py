@@ -83,6 +83,35 @@ def _dot_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axe
 register_rule("dot_general", shift=_dot_shift, zero=_dot_zero)
 
 
+def _ragged_axes(eqn: Any) -> list[int | None]:
+    """For each axis of a grouped product's result, the axis of the second operand that it is; None for the first operand's.
+
+    Rows that belong to no group are zero: shifted by nothing, and zero-mean."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (left_sum, right_sum), (left_batch, right_batch) = numbers.dot_dimension_numbers
+    left, right = (range(len(shape_of(a))) for a in eqn.invars[:2])
+    rows = [a for a in left if a not in left_sum and a not in left_batch]
+    grouped = set(numbers.rhs_group_dimensions)
+    if len(grouped) != 1 or any(a not in rows for a in numbers.lhs_ragged_dimensions):
+        return []
+    free = [a for a in right if a not in right_sum and a not in right_batch and a not in grouped]
+    return [*(None for _ in left_batch), *(None for _ in rows), *free]
+
+
+def _ragged_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
+    found = _ragged_axes(eqn)
+    return {0: tuple(found.index(a) for a in axes)} if i == 1 and set(axes) <= set(found) else None
+
+
+def _ragged_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
+    found = _ragged_axes(eqn)
+    inner = [found[a] for a in axes] if found else [None]
+    return None if None in inner else [(1, tuple(a for a in inner if a is not None))]
+
+
+register_rule("ragged_dot_general", shift=_ragged_shift, zero=_ragged_zero)
+
+
 def _conv_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
     numbers, plain = eqn.params["dimension_numbers"], _ungrouped(eqn)
     if i != 1 or not plain or axes != (numbers.rhs_spec[0],):
@@ -155,5 +184,61 @@ def _scatter_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int,
     return [(0, axes), (2, tuple(sorted(windows[a] for a in axes)))]
 
 
-for _name in ("scatter", "scatter-add", "scatter_add"):
+for _name in ("scatter", "scatter-add", "scatter_add", "scatter-sub"):
     register_rule(_name, shift=_scatter_shift, zero=_scatter_zero)
+
+
+# --- across devices: sums and moves of what each device holds, along other axes than those of the array -----------------------
+
+
+def _each_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
+    return None if eqn.params.get("axis_index_groups") is not None else {i: axes}
+
+
+def _each_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
+    return [(j, axes)]
+
+
+for _name in ("psum", "psum_invariant", "ppermute", "pbroadcast", "preduced"):
+    register_rule(_name, shift=_each_shift, zero=_each_zero)
+
+
+def _gathered(eqn: Any, axes: Axes, back: bool) -> Axes | None:
+    """Axes of an all-gather's result (operand) for those of its operand (result)."""
+    at, tiled = eqn.params["all_gather_dimension"], eqn.params["tiled"]
+    if at in axes and (tiled or back):
+        return None
+    if tiled:
+        return axes
+    return tuple(a - (a > at) if back else a + (a >= at) for a in axes)
+
+
+def _all_gather_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
+    found = _gathered(eqn, axes, back=False)
+    return None if found is None else {0: found}
+
+
+def _all_gather_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
+    found = _gathered(eqn, axes, back=True)
+    return None if found is None else [(0, found)]
+
+
+for _name in ("all_gather", "all_gather_invariant"):
+    register_rule(_name, shift=_all_gather_shift, zero=_all_gather_zero)
+
+
+def _scattered(eqn: Any, axes: Axes) -> bool:
+    moved = {eqn.params.get(k) for k in ("scatter_dimension", "split_axis", "concat_axis")} - {None}
+    return bool(eqn.params["tiled"]) and moved.isdisjoint(axes)
+
+
+def _scattered_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
+    return {0: axes} if _scattered(eqn, axes) else None
+
+
+def _scattered_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
+    return [(0, axes)] if _scattered(eqn, axes) else None
+
+
+for _name in ("reduce_scatter", "all_to_all"):
+    register_rule(_name, shift=_scattered_shift, zero=_scattered_zero)

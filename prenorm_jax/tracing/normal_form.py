@@ -4,24 +4,25 @@
   * One value, one variable: common subexpressions are merged, so "the mean of x" computed twice is one variable.
   * Scalar arithmetic on literals is evaluated (`jnp.var` hides `d - ddof` and a `where` behind it), and a product with an array of
     one number is a sum.
-  * `scan`, `while`, `cond`, `remat` and custom derivative calls stay, each with a body of its own variables.
+  * `scan`, `while`, `cond`, `remat`, `shard_map` and custom derivative calls stay, each with a body of its own variables.
   * What no result and no effect needs is gone.
 Nothing here changes a value, an effect or the order of effects.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core as jex
 
-from prenorm_jax import norms
 from prenorm_jax.tracing.jaxprs import (
     CUSTOM,
     INLINED,
     Program,
+    Varying,
     bodies_in,
     close_like,
     is_float,
@@ -43,16 +44,11 @@ _FOLDABLE = names(
 )
 
 
-def _is_our_norm(eqn: Any) -> bool:
-    """Whether an equation is one of this package's norms, whose custom rule is the true derivative (its tests say so)."""
-    return getattr(eqn.params.get("bwd"), "f", None) is norms.backward
-
-
 class _Normalizer:
     """Rewrites one body at a time; fresh variables everywhere, so that no two bodies share one."""
 
-    def __init__(self, inline_custom: bool):
-        self.inline_custom = inline_custom
+    def __init__(self, enters: Callable[[Any], bool]):
+        self.enters = enters
         self.uniform: dict[Any, float] = {}  # variables that hold one number everywhere
 
     def number(self, atom: Any) -> float | None:
@@ -80,8 +76,10 @@ class _Normalizer:
                 inner_env.update({v: literal(c, v.aval) for v, c in zip(inner.constvars, consts, strict=True)})
                 self.emit(inner, inner_env, eqns, seen, _join(scope, eqn))
                 outs = [_read(inner_env, a) for a in inner.outvars]
-            elif (as_sum := _as_sum(eqn, name, args, [self.number(a) for a in args])) is not None:
-                inner, _ = open_program(as_sum)
+            elif (
+                plainer := _as_sum(eqn, name, args, [self.number(a) for a in args]) or _as_mul(eqn, name)
+            ) is not None:
+                inner, _ = open_program(plainer)
                 inner_env = dict(zip(inner.invars, args, strict=True))
                 self.emit(inner, inner_env, eqns, seen, _join(scope, eqn))
                 outs = [_read(inner_env, inner.outvars[0])]
@@ -91,7 +89,7 @@ class _Normalizer:
 
     def _inlines(self, eqn: Any, name: str) -> bool:
         if name in CUSTOM:
-            return self.inline_custom or _is_our_norm(eqn)
+            return self.enters(eqn)
         if name not in INLINED:
             return False
         shardings = [*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ())]
@@ -106,9 +104,14 @@ class _Normalizer:
             return [chosen] if chosen.aval.shape == out.aval.shape else None
         if name == "convert_element_type" and args[0].aval == out.aval:
             return [args[0]]
+        if name == "pvary" and scalar_value(args[0]) is not None:
+            return [Varying(args[0].val, out.aval, eqn)]
         if name in _FOLDABLE and shape_of(out) == () and all(scalar_value(a) is not None for a in args):
             with jax.ensure_compile_time_eval():
                 value = eqn.primitive.bind(*(np.asarray(a.val, a.aval.dtype) for a in args), **eqn.params)
+            varying = next((a for a in args if isinstance(a, Varying)), None)
+            if varying is not None:
+                return [Varying(np.asarray(value), out.aval, _pvary_of(varying.eqn, out.aval))]
             return [literal(np.asarray(value), out.aval)]
         return None
 
@@ -161,6 +164,40 @@ def _as_sum(eqn: Any, name: str, args: list, numbers: list[float | None]) -> Any
     return jax.make_jaxpr(rewritten)(*(jax.ShapeDtypeStruct(shape_of(a), a.aval.dtype) for a in args))
 
 
+def _as_mul(eqn: Any, name: str) -> Any:
+    """A product without a sum, as einsum("bd,d->bd") writes it, as an elementwise one."""
+    if name != "dot_general" or any(eqn.params["dimension_numbers"][0]):
+        return None
+    if any(a.aval.dtype != eqn.outvars[0].aval.dtype or not is_float(a) for a in eqn.invars):
+        return None
+    left, right = eqn.params["dimension_numbers"][1]
+    shapes = [shape_of(a) for a in eqn.invars]
+
+    def rewritten(*pair: Any) -> Any:
+        orders = [
+            [*own, *(a for a in range(len(shape)) if a not in own)]
+            for own, shape in zip((left, right), shapes, strict=True)
+        ]
+        a, b = (jax.lax.transpose(x, order) for x, order in zip(pair, orders, strict=True))
+        before, rows, columns = len(left), a.ndim - len(left), b.ndim - len(left)
+        a = jax.lax.expand_dims(a, range(before + rows, before + rows + columns))
+        b = jax.lax.expand_dims(b, range(before, before + rows))
+        return (
+            a * b
+            if a.shape == b.shape
+            else jax.lax.mul(*(jax.lax.broadcast_in_dim(x, out, range(x.ndim)) for x in (a, b)))
+        )
+
+    out = shape_of(eqn.outvars[0])
+    return jax.make_jaxpr(rewritten)(*(jax.ShapeDtypeStruct(shape_of(a), a.aval.dtype) for a in eqn.invars))
+
+
+def _pvary_of(eqn: Any, aval: Any) -> Any:
+    """The pvary equation for numbers of this type."""
+    number = jex.Var(jax.core.ShapedArray((), aval.dtype))
+    return eqn.replace(invars=[number], outvars=[jex.Var(aval)])
+
+
 def _join(scope: str, eqn: Any) -> str:
     stack = str(eqn.source_info.name_stack)
     return "/".join(s for s in (scope, stack) if s)
@@ -210,11 +247,14 @@ def _params_key(params: dict) -> Any:
     return tuple(items)
 
 
-def normalize(closed: Any, inline_custom: bool = False) -> Program:
-    """Bring the output of `jax.make_jaxpr` into normal form. Values, effects and their order are unchanged."""
+def normalize(closed: Any, enters: Callable[[Any], bool]) -> Program:
+    """Bring the output of `jax.make_jaxpr` into normal form. Values, effects and their order are unchanged.
+
+    `enters` says of a custom derivative call whether its function takes its place.
+    """
     jaxpr, consts = open_program(closed)
     constvars = [jex.Var(v.aval) for v in jaxpr.constvars]
-    normalizer = _Normalizer(inline_custom)
+    normalizer = _Normalizer(enters)
     numbers = ((v, uniform_value(c)) for v, c in zip(constvars, consts, strict=True))
     normalizer.uniform.update({v: n for v, n in numbers if n is not None})
     body = normalizer.body(jaxpr, constvars)

@@ -33,7 +33,8 @@ class ReaderFound:
 
 @dataclasses.dataclass
 class NormFound:
-    """The affine and the readers of one site; `keep` says why its affine has to stay, if it has to."""
+    """One affine of a site and its readers; `keep` says why the affine has to stay, if it has to. A mean subtraction that two norms
+    share (parallel blocks) has one for each; what reads it without an affine is one of its own."""
 
     site: Site
     scale: LeafView | None = None
@@ -45,40 +46,47 @@ class NormFound:
     def stay(self, reason: str) -> None:
         self.keep = self.keep or reason
 
+    @property
+    def stage(self) -> str:
+        """What its readers have to read."""
+        return "biased" if self.bias else "scaled" if self.scale else "centered"
+
 
 def norms_of(plan: Plan) -> list[NormFound]:
-    """Every single-axis site of a plan's program, with what follows it."""
+    """The norms of every single-axis site of a plan's program, with what follows them."""
     views = Views(plan.flow, plan.shifts.facts)
-    return [_Walk(views, site).run() for site in plan.sites if len(site.axes) == 1]
+    return [norm for site in plan.sites if len(site.axes) == 1 for norm in _Walk(views, site).run()]
 
 
 class _Walk:
     def __init__(self, views: Views, site: Site):
         self.views, self.flow = views, views.flow
-        self.found = NormFound(site, eps=_eps(self.flow, site))
-        self.stack = [(var, axes[0], "centered") for var, axes in site.centered]
-        self.read_at: set[str] = set()
+        self.eps = _eps(self.flow, site)
+        self.plain = NormFound(site, eps=self.eps)
+        self.branches: dict[LeafView, NormFound] = {}
+        self.stack = [(var, axes[0], "centered", self.plain) for var, axes in site.centered]
         if not self.stack:
-            self.found.stay("its mean is subtracted after scaling")
+            self.plain.stay("its mean is subtracted after scaling")
 
-    def run(self) -> NormFound:
+    def run(self) -> list[NormFound]:
         seen = set()
         while self.stack:
-            state = self.stack.pop()
-            if state in seen:
+            var, axis, stage, self.found = self.stack.pop()
+            if (var, axis, stage, id(self.found)) in seen:
                 continue
-            seen.add(state)
-            var, axis, stage = state
+            seen.add((var, axis, stage, id(self.found)))
             if any(out is var for out in self.flow.body_of[var].jaxpr.outvars):
                 self.found.stay("its result leaves the program or a loop's body")
             for eqn, i in self.flow.uses.get(var, ()):
                 self.use(eqn, i, axis, stage)
-        if not self.found.readers:
-            self.found.stay("no linear map of a parameter reads it")
-        last = "biased" if self.found.bias else "scaled" if self.found.scale else "centered"
-        if any(stage != last for stage in self.read_at):
-            self.found.stay("it is read both in front of and behind its affine")
-        return self.found
+        found = [*self.branches.values(), *([self.plain] if self.plain.readers or not self.branches else [])]
+        for norm in found:
+            if not norm.readers:
+                norm.stay("no linear map of a parameter reads it")
+        return found
+
+    def go(self, var: Any, axis: int, stage: str, norm: NormFound | None = None) -> None:
+        self.stack.append((var, axis, stage, norm or self.found))
 
     def use(self, eqn: Any, i: int, axis: int, stage: str) -> None:
         name = eqn.primitive.name
@@ -90,17 +98,16 @@ class _Walk:
         elif name in ("mul", "div"):
             self.scaled(eqn, i, axis, stage)
         elif name == "add" and stage in ("centered", "scaled"):
-            self.biased(eqn, i, axis)
+            self.biased(eqn, i, axis, stage)
         elif name in _MOVES:
             moved = rule_for(name).shift(eqn, i, (axis,), self.views.facts)
             sizes = moved and [(j, a[0]) for j, a in moved.items() if len(a) == 1]
             if sizes and shape_of(eqn.outvars[sizes[0][0]])[sizes[0][1]] == shape_of(eqn.invars[i])[axis]:
-                self.stack.append((eqn.outvars[sizes[0][0]], sizes[0][1], stage))
+                self.go(eqn.outvars[sizes[0][0]], sizes[0][1], stage)
             else:
                 self.found.stay(f"its features are split by {name} at {where(eqn)}")
         elif name == "dot_general":
-            self.read_at.add(stage)
-            self.read(eqn, i, axis)
+            self.read(eqn, i, axis, stage)
         else:
             self.found.stay(f"its result is used by {name} at {where(eqn)}")
 
@@ -109,7 +116,8 @@ class _Walk:
         if role not in ("region", "scan") or self.flow.passed_through(eqn, i) or any(d for _, d in inside):
             self.found.stay(f"its result enters {eqn.primitive.name} at {where(eqn)}")
         else:
-            self.stack += [(v, axis, stage) for v, _ in inside]
+            for v, _ in inside:
+                self.go(v, axis, stage)
 
     def scaled(self, eqn: Any, i: int, axis: int, stage: str) -> None:
         other, out = eqn.invars[1 - i], eqn.outvars[0]
@@ -120,16 +128,14 @@ class _Walk:
         elif self.views.facts.constant_along(other, (axis,)):
             if stage == "biased" and scalar_value(other) != 1.0:
                 self.found.stay(f"it is scaled by row behind its bias at {where(eqn)}")
-            self.stack.append((out, axis, stage))
-        elif eqn.primitive.name == "mul" and stage == "centered" and self.take_scale(self.vector(other, out, axis)):
-            self.stack.append((out, axis, "scaled"))
+            self.go(out, axis, stage)
+        elif (
+            eqn.primitive.name == "mul" and stage == "centered" and (view := self.vector(other, out, axis)) is not None
+        ):
+            branch = self.branches.setdefault(view, NormFound(self.plain.site, scale=view, eps=self.eps))
+            self.go(out, axis, "scaled", branch)
         else:
             self.found.stay(f"it is multiplied by something that is no parameter of its own at {where(eqn)}")
-
-    def take_scale(self, view: LeafView | None) -> bool:
-        fine = view is not None and self.found.scale in (None, view)
-        self.found.scale = view if fine else self.found.scale
-        return fine
 
     def vector(self, atom: Any, like: Any, axis: int) -> LeafView | None:
         """The vector leaf that an operand is, perhaps already multiplied by a row statistic."""
@@ -150,15 +156,22 @@ class _Walk:
         shape = shape_of(self.flow.main.jaxpr.invars[view.position])
         return math.prod(shape) == math.prod(shape[a] for a in view.axes().values())
 
-    def biased(self, eqn: Any, i: int, axis: int) -> None:
+    def biased(self, eqn: Any, i: int, axis: int, stage: str) -> None:
         view = self.vector(eqn.invars[1 - i], eqn.outvars[0], axis)
-        if view is None or self.found.bias not in (None, view):
+        if view is None or (stage == "scaled" and self.found.bias not in (None, view)):
             self.found.stay(f"it is added to something that is no parameter of its own at {where(eqn)}")
             return
-        self.found.bias = view
-        self.stack.append((eqn.outvars[0], axis, "biased"))
+        norm = self.found
+        if stage == "centered":
+            norm = self.branches.setdefault(view, NormFound(self.plain.site, eps=self.eps))
+        elif norm.readers:
+            norm.stay("it is read both in front of and behind its affine")
+        norm.bias = view
+        self.go(eqn.outvars[0], axis, "biased", norm)
 
-    def read(self, eqn: Any, i: int, axis: int) -> None:
+    def read(self, eqn: Any, i: int, axis: int, stage: str) -> None:
+        if stage != self.found.stage:
+            self.found.stay("it is read both in front of and behind its affine")
         (sums, batches), other = eqn.params["dimension_numbers"], 1 - i
         if len(sums[0]) != 1 or axis != sums[i][0] or batches[0]:
             self.found.stay(f"it is read over more than its features at {where(eqn)}")
@@ -186,7 +199,7 @@ class _Walk:
             use, i = self.flow.uses[value][0]
             if use.primitive.name == "add":
                 return self.matched_bias(use, 1 - i, axes, kernel)
-            if use.primitive.name not in STRUCTURAL:
+            if use.primitive.name not in STRUCTURAL or len(use.outvars) != 1:
                 return None
             moved = {}
             for leaf_axis, a in axes.items():

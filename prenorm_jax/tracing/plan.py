@@ -11,8 +11,9 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from prenorm_jax.tracing.custom_rules import refusal
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import Program
+from prenorm_jax.tracing.jaxprs import Program, custom_name
 from prenorm_jax.tracing.rules import ConstantAlong
 from prenorm_jax.tracing.shift import Node, Shifts
 from prenorm_jax.tracing.sites import Site, find_sites
@@ -77,7 +78,7 @@ def make_plan(
     wanted: dict[Site, list[Recentering]] = {}
     for site, recenterings in zip(candidates, zero_mean.spend([roots[s] for s in candidates], allowed), strict=True):
         if recenterings is None:
-            plan.reasons[site] = f"its input is not zero-mean: {zero_mean.obstacle(roots[site][0])}"
+            plan.reasons[site] = f"its input is not zero-mean: {zero_mean.obstacle(roots[site][0])}{_if_checked(site)}"
         else:
             wanted[site] = recenterings
     made: dict[Recentering, None] = {}
@@ -92,12 +93,21 @@ def make_plan(
 
 def _may(plan: Plan, site: Site) -> bool:
     if site.body.in_custom():
-        plan.reasons[site] = "it is inside a custom derivative rule's function, whose rule is a program of its own"
+        custom = site.body.custom_eqn()
+        plan.reasons[site] = (
+            f"it is inside {custom_name(custom)}, which has a custom derivative rule, and {refusal(custom)}"
+        )
     elif not plan.shifts.may_shift(site.x, site.axes):
         plan.reasons[site] = f"the mean of its input is wanted: {plan.shifts.why_not(site.x, site.axes)}"
     else:
         return True
     return False
+
+
+def _if_checked(site: Site) -> str:
+    if site.body.takes_recenterings():
+        return ""
+    return "; shard_map(check_vma=True) lets no activation be recentered in it, check_vma=False would"
 
 
 def _streams(wanted: dict, roots: dict, zero_mean: ZeroMean) -> list[list[Site]]:
@@ -133,14 +143,23 @@ def _worthwhile(plan: Plan, stream: list[Site], wanted: dict, roots: dict, activ
             best, balance = k, net
     if activations == "always":
         best = len(stream)
+    every = {r: None for site in stream for r in wanted[site]}
+    in_all = (
+        f"; for its stream of {len(stream)} in all, {_cost(every)} added and {sum(s.removes for s in stream)} removed"
+    )
     for site in stream[best:]:
-        cost = sum(r.trips for r in wanted[site])
+        cost = _cost(wanted[site])
         obstacle = plan.zero_mean.obstacle(roots[site][0])
         plan.reasons[site] = (
             f"it does not pay: recentering activations would add {cost} reduction{'s' * (cost != 1)} "
-            f"and remove {site.removes} here ({obstacle})"
+            f"and remove {site.removes} here ({obstacle}){in_all * (len(stream) > 1)}"
         )
     return stream[:best]
+
+
+def _cost(made: Iterable[Recentering]) -> int:
+    """Reductions that recenterings add."""
+    return sum(r.trips for r in made)
 
 
 def _prove(plan: Plan, roots: dict) -> None:

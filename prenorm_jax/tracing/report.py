@@ -8,16 +8,18 @@ from typing import Any
 from prenorm_jax.tracing.decision import Decision
 from prenorm_jax.tracing.flow import Flow
 from prenorm_jax.tracing.jaxprs import Program, is_var, shape_of, where
+from prenorm_jax.tracing.labels import labels_of
+from prenorm_jax.tracing.leaf_views import Views
 from prenorm_jax.tracing.plan import Plan
 from prenorm_jax.tracing.rules import has_rule
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteReport:
-    """One mean subtraction of the program (a LayerNorm, or a norm over other axes).
+    """One LayerNorm of the program (or a norm over other axes). Norms that share their mean, as in some parallel blocks, have one each.
 
     Attributes:
-      where: name scopes and source line, as far as JAX recorded them.
+      where: the paths of its scale and bias, and the line of the caller's code, as far as they are known.
       converted: whether its mean is gone.
       reason: why, or why not.
       width: number of entries that its mean is taken over.
@@ -89,9 +91,10 @@ def report_of(plan: Plan, program: Program, decision: Decision) -> Report:
     """The report of a plan that was carried out; `program` is the result."""
     invars, paths = plan.flow.main.jaxpr.invars, decision.paths
     widths = {site.width for site in plan.sites}
+    views = Views(plan.flow, plan.shifts.facts)
     sites = tuple(
         SiteReport(
-            site.where,
+            label.text(paths),
             plan.converted[site],
             plan.reasons.get(site, "its input has zero mean"),
             site.width,
@@ -99,6 +102,7 @@ def report_of(plan: Plan, program: Program, decision: Decision) -> Report:
             site.body.trips,
         )
         for site in plan.sites
+        for label in labels_of(views, site)
     )
     return Report(
         sites,

@@ -110,7 +110,7 @@ class ConstantAlong:
 
 ELEMENTWISE = names(
     "add sub mul div neg max min sqrt rsqrt integer_pow square convert_element_type lt le gt ge eq ne not and "
-    "or exp log select_n copy pow abs sign tanh logistic floor ceil round is_finite stop_gradient"
+    "or exp log select_n copy pow abs sign tanh logistic floor ceil round is_finite stop_gradient pvary"
 )
 
 
@@ -208,6 +208,10 @@ for _name in (
     "reduce_precision",
     "name",
     "sharding_constraint",
+    "layout_constraint",
+    "with_memory_space_constraint",
+    "reshard",
+    "relayout",
     "pvary",
 ):
     register_rule(_name, shift=_same_shift, zero=_unary_zero)
@@ -319,6 +323,24 @@ def _split_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, A
     return None if eqn.params["axis"] in axes else [(0, axes)]
 
 
+def _stack_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
+    return {0: tuple(a + (a >= eqn.params["axis"]) for a in axes)}
+
+
+def _stack_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
+    at = eqn.params["axis"]
+    return None if at in axes else [(i, tuple(a - (a > at) for a in axes)) for i in range(len(eqn.invars))]
+
+
+def _unstack_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
+    at = eqn.params["axis"]
+    return None if at in axes else {j: tuple(a - (a > at) for a in axes) for j in range(len(eqn.outvars))}
+
+
+def _unstack_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
+    return [(0, tuple(a + (a >= eqn.params["axis"]) for a in axes))]
+
+
 def _tile_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
     return {0: axes}
 
@@ -336,5 +358,7 @@ for _name, _shift, _zero in (
     ("dynamic_update_slice", _update_slice_shift, _update_slice_zero),
     ("squeeze", _squeeze_shift, _squeeze_zero),
     ("split", _split_shift, _split_zero),
+    ("stack", _stack_shift, _stack_zero),
+    ("unstack", _unstack_shift, _unstack_zero),
 ):
     register_rule(_name, shift=_shift, zero=_zero)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prenorm_jax.paths import leaves as paths_of
+from prenorm_jax.tracing.custom_rules import enters
 from prenorm_jax.tracing.jaxprs import Program
 from prenorm_jax.tracing.normal_form import normalize
 
@@ -109,7 +110,7 @@ def trace_program(fn: Callable[..., Any], arguments: Arguments, inline_custom: b
         return outs
 
     closed = jax.make_jaxpr(flat)(*arguments.arrays)
-    return Traced(normalize(closed, inline_custom), structures[-1])
+    return Traced(normalize(closed, (lambda eqn: True) if inline_custom else enters), structures[-1])
 
 
 def output_paths(out_tree: Any) -> list[str]:

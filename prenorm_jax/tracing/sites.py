@@ -10,21 +10,23 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from prenorm_jax.tracing.algebra import CONVERSIONS
 from prenorm_jax.tracing.flow import Body, Flow
-from prenorm_jax.tracing.jaxprs import Axes, is_float, is_var, scalar_value, shape_of, where
+from prenorm_jax.tracing.jaxprs import Axes, is_float, is_var, scalar_value, shape_of
 from prenorm_jax.tracing.shift import Node, Shifts
 
 
 @dataclasses.dataclass(eq=False)
 class Site:
-    """One mean subtraction: x over `axes`, the equations that sum x, and the values that equal x - mean(x) up to a number."""
+    """One mean subtraction: x over `axes`, the equations that sum x, the values that equal x - mean(x) up to a number, and all values
+    in which x's mean has cancelled (or a mean over several devices was subtracted)."""
 
     x: Any
     axes: Axes
     sums: list[Any]
     centered: list[Node]
+    cancelled: list[Any]
     body: Body
-    where: str
 
     @property
     def width(self) -> int:
@@ -46,28 +48,28 @@ def find_sites(flow: Flow, shifts: Shifts) -> list[Site]:
         for eqn in body.jaxpr.eqns:
             if eqn.primitive.name != "reduce_sum" or not is_var(eqn.invars[0]) or not is_float(eqn.outvars[0]):
                 continue
-            x, axes = _unscaled(flow, eqn.invars[0]), tuple(eqn.params["axes"])
+            x, axes = _unscaled(flow, eqn.invars[0], tuple(int(a) for a in eqn.params["axes"]))
             if not axes or not is_float(x) or (x, axes) in sites or len(shape_of(x)) <= max(axes):
                 continue
             found = shifts.explore(x, axes)
-            if found.sums and found.cancelled:
-                centered = [(v, axes) for v in found.centered]
-                first = flow.definer[found.cancelled[0]][0]
-                sites[x, axes] = Site(x, axes, found.sums, centered, body, where(first))
+            if found.sums and (found.cancelled or found.across):
+                sites[x, axes] = Site(x, axes, found.sums, found.centered, found.cancelled or found.across, body)
     return sorted(sites.values(), key=lambda s: flow.order[id(s.sums[0])])
 
 
-def _unscaled(flow: Flow, var: Any) -> Any:
-    """The value that `var` is a converted or constantly scaled copy of."""
+def _unscaled(flow: Flow, var: Any, axes: Axes) -> tuple[Any, Axes]:
+    """The value that `var` is a converted, transposed or constantly scaled copy of, and where it has `axes`."""
     while var in flow.definer:
         eqn, _ = flow.definer[var]
         name, args = eqn.primitive.name, eqn.invars
-        if (name == "convert_element_type" and is_float(args[0]) and is_var(args[0])) or (
+        if (name in CONVERSIONS and is_float(args[0]) and is_var(args[0])) or (
             name in ("mul", "div") and scalar_value(args[1]) is not None and is_var(args[0])
         ):
             var = args[0]
         elif name == "mul" and scalar_value(args[0]) is not None and is_var(args[1]):
             var = args[1]
+        elif name == "transpose" and is_var(args[0]):
+            var, axes = args[0], tuple(sorted(eqn.params["permutation"][a] for a in axes))
         else:
             break
-    return var
+    return var, axes

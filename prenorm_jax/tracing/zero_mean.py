@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import Axes, is_float, is_var, shape_of, where
+from prenorm_jax.tracing.jaxprs import CUSTOM, Axes, custom_name, is_float, is_var, shape_of, where
 from prenorm_jax.tracing.rules import has_rule, rule_for
 from prenorm_jax.tracing.shift import Node, Shifts
 
@@ -100,11 +100,9 @@ class ZeroMean:
             return None  # its derivative rule need not know that the mean is zero
         sources = self.flow.sources(atom)
         if sources is not None:
-            moved = [
-                (a, e, i, tuple(x + delta for x in axes))
-                for a, e, i, delta in ((a, e, i, -d) for a, e, i, d in sources)
-            ]
-            return [Need(a, x, e, i) for a, e, i, x in moved] if all(min(x) >= 0 for *_, x in moved) else None
+            moved = [(a, self.flow.carried(atom, axes, a, delta), e, i) for a, e, i, delta in sources]
+            whole = [Need(a, x, e, i) for a, x, e, i in moved if x is not None]
+            return whole if len(whole) == len(moved) else None
         if eqn is None:
             return None
         found = rule_for(eqn.primitive.name).zero(eqn, j, axes, self.shifts.facts)
@@ -127,7 +125,7 @@ class ZeroMean:
         if self.is_constant(atom) and math.prod(shape) <= MOST_CONSTANT_ENTRIES:
             return Recentering("constant", atom, axes)
         body = self.flow.body_of[atom]
-        return None if body.in_custom() else Recentering("value", atom, axes, trips=body.trips)
+        return Recentering("value", atom, axes, trips=body.trips) if body.takes_recenterings() else None
 
     def use_option(self, need: Need) -> Recentering | None:
         """How to recenter this value for one use of it."""
@@ -136,11 +134,11 @@ class ZeroMean:
         if eqn is None or not is_float(need.atom) or not need.axes or max(need.axes) >= len(shape):
             return None
         body = self.flow.body_of_eqn[id(eqn)]
-        if math.prod(shape[a] for a in need.axes) <= 1 or body.in_custom():
+        if math.prod(shape[a] for a in need.axes) <= 1 or not body.takes_recenterings():
             return None
         inside = self.flow.inputs(eqn, i)
         if inside is not None:
-            seen = [(v, tuple(a - d for a in need.axes)) for v, d in inside]
+            seen = [(v, self.flow.carried(need.atom, need.axes, v, d)) for v, d in inside]
             seen += [(v, need.axes) for v in self.flow.passed_through(eqn, i)]
             if self.flow.bodies_of[id(eqn)][0].role == "custom":
                 return None
@@ -149,7 +147,7 @@ class ZeroMean:
             if moved is None:
                 return None
             seen = [(eqn.outvars[j], axes) for j, axes in moved.items()]
-        if any(min(axes, default=0) < 0 or not self.shifts.may_shift(v, axes) for v, axes in seen):
+        if any(axes is None or not self.shifts.may_shift(v, axes) for v, axes in seen):
             return None
         return Recentering("use", need.atom, need.axes, (id(eqn), i), trips=body.trips if is_var(need.atom) else 0)
 
@@ -248,11 +246,32 @@ class ZeroMean:
             return "a constant is added to it"
         if atom in self.flow.definer:
             eqn, _ = self.flow.definer[atom]
-            known = "" if has_rule(eqn.primitive.name) else ", which has no rule,"
+            if eqn.primitive.name in CUSTOM:
+                return f"the result of {custom_name(eqn)}, which has a custom derivative rule, at {where(eqn)}"
+            known = "" if has_rule(eqn.primitive.name) or id(eqn) in self.flow.bodies_of else ", which has no rule,"
             return f"the result of {eqn.primitive.name}{known} at {where(eqn)}"
         if atom in self.leaves:
             return f"a leaf that may not be recentered ({self.shifts.why_not(atom, need.axes)})"
+        if self.flow.body_of[atom].role == "shard":
+            return "an argument of shard_map whose features are sharded over devices"
         return "an input of the program or of a sub-program"
+
+
+Bill = frozenset[Recentering] | None
+"""What is recentered for a value's zero mean; None if nothing gives it that."""
+
+
+def _total(bill: Bill) -> float:
+    return math.inf if bill is None else sum(r.price for r in bill)
+
+
+def _together(bills: Iterable[Bill]) -> Bill:
+    found: frozenset[Recentering] = frozenset()
+    for bill in bills:
+        if bill is None:
+            return None
+        found |= bill
+    return found
 
 
 class _Spending:
@@ -293,33 +312,35 @@ class _Spending:
         return self.through[key]
 
     def costs(self, roots: list[Need]) -> dict[Node, float]:
-        """The least price of each value's zero mean. A choice is made when a price first falls, and rests on settled ones."""
+        """The least price of each value's zero mean, found as sets of recenterings, so that what two terms share is paid for once and
+        what a loop's carry rests on is not paid for again by its next iteration. Sets grow from nothing, or give way to one recentering
+        of the value itself, once: that ends."""
         order = self.facts.closure(roots, lambda need: need.node in self.settled)
-        cost = {node: 0.0 if node in self.settled else math.inf for node in order}
+        bills: dict[Node, Bill] = dict.fromkeys(order, frozenset())
         changed = True
         while changed:
             changed = False
             for node, need in order.items():
-                if node in self.settled:
+                if node in self.settled or self.choice.get(node) is not None:
                     continue
-                best, how = self.best(need, cost)
-                if best < cost[node]:
-                    cost[node], self.choice[node], changed = best, how, True
-        return cost
+                bill, how = self.best(need, bills)
+                if bill != bills[node] or node not in self.choice:
+                    bills[node], self.choice[node], changed = bill, how, True
+        return {node: _total(bill) for node, bill in bills.items()}
 
-    def best(self, need: Need, cost: dict[Node, float]) -> tuple[float, Recentering | None]:
+    def best(self, need: Need, bills: dict[Node, Bill]) -> tuple[Bill, Recentering | None]:
         parts, option = self.facts.needs(need), self.option(need)
         if self.free(need):
-            return 0.0, option if option is not None and option.trips == 0 else None
-        whole = math.inf if parts is None else sum(self.price(n, cost) for n in parts)
-        return (option.price, option) if option is not None and option.price < whole else (whole, None)
+            return frozenset(), option if option is not None and option.trips == 0 else None
+        whole = None if parts is None else _together(self.bill(n, bills) for n in parts)
+        return (frozenset({option}), option) if option is not None and option.price < _total(whole) else (whole, None)
 
-    def price(self, need: Need, cost: dict[Node, float]) -> float:
-        direct = cost[need.node]
-        if direct == 0.0 or self._taken(need):
-            return 0.0
+    def bill(self, need: Need, bills: dict[Node, Bill]) -> Bill:
+        direct = bills[need.node]
+        if direct == frozenset() or self._taken(need):
+            return frozenset()
         option = self.use_option(need) if need.eqn is not None else None
-        return min(direct, option.price if option is not None else math.inf)
+        return frozenset({option}) if option is not None and option.price < _total(direct) else direct
 
     def _taken(self, need: Need) -> bool:
         return (id(need.eqn), need.operand, need.axes) in self.taken

@@ -73,9 +73,9 @@ def feature_sums(fn, *args):
     return count(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def check(fn, params, *inputs, sites, added=0, kept=0, others=(), tol=1e-10, grads=False, **options):
+def check(fn, params, *inputs, sites, added=0, kept=0, others=(), tol=1e-10, grads=False, halves=False, **options):
     """Convert and hold against the original; `others` are further inputs (other shapes) for the converted function, `grads` asks for
-    the parameters' gradients, too."""
+    the parameters' gradients, too, and `halves` for half the reductions, but for the `added` ones."""
     params = shaken(widened(params))
     out = convert(fn, params, *inputs, **options)
     assert out.report.converted == sites, f"\n{out.report}"
@@ -83,6 +83,8 @@ def check(fn, params, *inputs, sites, added=0, kept=0, others=(), tol=1e-10, gra
     assert len(out.report.activations) == added, f"\n{out.report}"
     assert out.report.error is None or out.report.error <= tol
     assert jax.tree.structure(out.params) == jax.tree.structure(params)
+    if halves:
+        assert out.report.reductions_after - added == out.report.reductions_before / 2, f"\n{out.report}"
     original, converted = jax.jit(fn), jax.jit(out.fn)
     for args in (inputs, *others):
         assert worst(original(params, *args), converted(out.params, *args)) <= tol

@@ -55,13 +55,31 @@ def models() -> list[tuple[str, str, Any, str]]:
     ]  # fmt: skip
 
 
-def shaken(params):
+def shaken(params: Any) -> Any:
+    """Parameters that hide nothing: no zero biases, no unit scales, a mean along every axis."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda a: a + jnp.asarray(0.1 + 0.1 * rng.standard_normal(a.shape), a.dtype), params)
+
+    def shake(a: Any) -> Any:
+        if not (hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jnp.floating)):
+            return a
+        return a + jnp.asarray(0.1 + 0.1 * rng.standard_normal(a.shape), a.dtype)
+
+    return jax.tree.map(shake, params)
+
+
+def line(name: str, cls: str, fn: Any, params: Any, inputs: tuple[Any, ...], verbose: bool = False) -> str:
+    """One line of the table: what was converted, at which cost, how exactly, and why the rest was not."""
+    report = convert(fn, params, *inputs, partial=True).report
+    if verbose:
+        print(report)
+    kept = {site.reason.split(" at ")[0].split(" (")[0] for site in report.sites if not site.converted}
+    sums = f"{report.reductions_before} -> {report.reductions_after}"
+    reason = "; ".join(sorted(kept)) or ("no mean is subtracted" if not report.sites else "")
+    return f"| {name} | `{cls}` | {report.converted} of {len(report.sites)} | {sums} | {report.error:.0e} | {reason} |"
 
 
 def row(name: str, cls: str, config: Any, output: str) -> str:
-    """One line of the table: what was converted, at which cost, how exactly, and why the rest was not."""
+    """The line of one model of transformers."""
     import transformers as hf
 
     vision = hasattr(config, "image_size")
@@ -71,12 +89,7 @@ def row(name: str, cls: str, config: Any, output: str) -> str:
         model = getattr(hf, cls)(config, input_shape=(1, 16, 16, 3) if vision else (1, 4))
     except Exception as error:  # a released model that no longer runs on this JAX
         return f"| {name} | `{cls}` | does not run: {type(error).__name__} | | | |"
-    out = convert(lambda p, x: model(x, params=p)[output], shaken(model.params), inputs, partial=True)
-    report = out.report
-    kept = {site.reason.split(" at Flax")[0].split(" (")[0] for site in report.sites if not site.converted}
-    sums = f"{report.reductions_before} -> {report.reductions_after}"
-    reason = "; ".join(sorted(kept)) or ("no mean is subtracted" if not report.sites else "")
-    return f"| {name} | `{cls}` | {report.converted} of {len(report.sites)} | {sums} | {report.error:.0e} | {reason} |"
+    return line(name, cls, lambda p, x: model(x, params=p)[output], shaken(model.params), (inputs,))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
 """The description that is found: complete, strict, and good for the transforms."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
-from test_linen import GPT, ViT, build, images, tokens
+from test_linen import GPT, D, ViT, build, images, tokens
+from test_plain import normal
 
 import prenorm_jax as pn
 from conftest import shaken, widened, worst
-from prenorm_jax.tracing import ConversionError, convert, trace
+from prenorm_jax.tracing import ConversionError, convert, describe, trace
 
 
 @pytest.mark.parametrize(
     ("model", "x"),
-    [(GPT(), tokens()), (GPT(scan=True), tokens()), (GPT(tied=True), tokens()), (ViT(registers=2), images())],
-    ids=["gpt", "scan", "tied", "vit"],
+    [(GPT(scan=True), tokens()), (GPT(tied=True), tokens()), (ViT(registers=2, layer_scale=True), images())],
+    ids=["scan", "tied", "vit"],
 )
 def test_transforms_follow_a_found_description(model, x):
     params = shaken(widened(build(model, x)))
@@ -41,10 +44,70 @@ def test_gpt_is_described_leaf_by_leaf():
     assert "can take no bias" in last.keep
 
 
-def test_layer_scale_is_refused():
-    model = ViT(layer_scale=True)
-    with pytest.raises(ConversionError, match="params/block0/ls1"):
-        trace(model.apply, build(model, images()), images())
+def test_layer_scale_is_its_writers():
+    """Vectors (d,) become their writers' scale: recentering then is convert's."""
+    x = normal(2, 4, D)
+    params = {"in": normal(D, D), "up": normal(D, D), "down": normal(D, D), "ls": normal(D), "head": normal(D, 3)}
+    fn = residual_with_layer_scale
+    branch = trace(fn, params, x)
+    assert {w.leaf: w.scale for w in branch.writers} == {"in": None, "down": "ls"}
+    out = convert(fn, params, x)
+    new = pn.to_pre_rmsnorm(params, branch)
+    assert worst(out.params, new) < 1e-12
+    assert worst(fn(params, x), fn(new, x)) < 1e-10
+    bare = dataclasses.replace(
+        branch, writers=[dataclasses.replace(w, scale=None) for w in branch.writers], others=["ls"]
+    )
+    assert worst(fn(params, x), out.fn(pn.to_pre_rmsnorm(params, bare), x)) > 1e-4
+
+
+def residual_with_layer_scale(p, x):
+    def norm(x):
+        return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+    x = x @ p["in"]
+    x = x + jax.nn.gelu(norm(x) @ p["up"]) @ p["down"] * p["ls"][None, None]
+    return norm(x) @ p["head"]
+
+
+@pytest.mark.parametrize(
+    ("vector", "fits"), [((8,), True), ((1, 1, 8), True), ((3, 8), True), ((8, 3), False), ((2, 8), False)]
+)
+def test_vectors_that_a_description_knows(vector, fits):
+    assert describe._lines_up(vector, (3, 5, 8), -1) == fits
+
+
+def test_main_branches_of_several_widths():
+    def norm(x):
+        return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+    def fn(p, x):
+        y = x @ p["in"]
+        y = y + jnp.tanh(norm(y) @ p["up"]) @ p["down"]
+        z = norm(y) @ p["wider"]
+        z = z + jnp.tanh(norm(z) @ p["up2"]) @ p["down2"]
+        return norm(z) @ p["head"]
+
+    shapes = {
+        "in": (5, 4),
+        "up": (4, 7),
+        "down": (7, 4),
+        "wider": (4, 6),
+        "up2": (6, 7),
+        "down2": (7, 6),
+        "head": (6, 3),
+    }
+    params, x = {k: normal(*s) for k, s in shapes.items()}, normal(2, 5)
+    with pytest.raises(ConversionError, match='width="each"'):
+        trace(fn, params, x)
+    narrow, wide = trace(fn, params, x, width="each")
+    assert [w.leaf for w in narrow.writers] == ["down", "in"]
+    assert [w.leaf for w in wide.writers] == ["down2", "wider"]
+    out = convert(fn, params, x)
+    new = pn.recenter(pn.recenter(params, narrow), wide)
+    assert worst(out.params, new) < 1e-12
+    assert worst(fn(params, x), out.fn(new, x)) < 1e-10
+    assert worst(fn(params, x), out.fn(pn.recenter(params, narrow), x)) > 1e-4
 
 
 def test_nothing_found_is_an_error():

@@ -19,9 +19,10 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    def __init__(self, rngs, layers=1, scan=False):
+    def __init__(self, rngs, layers=1, scan=False, tied=False, dropout=0.0):
         self.embed, self.position = nnx.Embed(V, D, dtype=jnp.float64, rngs=rngs), nnx.Param(jnp.ones((1, 16, D)))
-        self.scan, self.layers = scan, layers
+        self.scan, self.layers, self.tied = scan, layers, tied
+        self.drop = nnx.Dropout(dropout, rngs=rngs)
         if scan:
             make = nnx.vmap(lambda r: Block(r), in_axes=(nnx.StateAxes({...: 0}),), out_axes=0)
             self.blocks = make(rngs.split(layers))
@@ -30,13 +31,14 @@ class GPT(nnx.Module):
         self.final, self.head = nnx.LayerNorm(D, rngs=rngs), nnx.Linear(D, V, rngs=rngs)
 
     def __call__(self, tokens):
-        x = self.embed(tokens) + self.position[:, : tokens.shape[1]]
+        x = self.drop(self.embed(tokens) + self.position[:, : tokens.shape[1]])
         if self.scan:
             x = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
         else:
             for block in self.blocks:
                 x = block(x)
-        return self.head(self.final(x))
+        x = self.final(x)
+        return self.embed.attend(x) if self.tied else self.head(x)
 
 
 def tokens(b=2, n=4):
@@ -51,8 +53,19 @@ def split(model):
 
 def test_looped_gpt(check):
     fn, state = split(GPT(nnx.Rngs(0)))
-    out = check(fn, state, tokens(), sites=3, others=[(tokens(3, 6),)])
+    out = check(fn, state, tokens(), sites=3, others=[(tokens(3, 6),)], halves=True)
     assert ("blocks/0/down/kernel", (-1,)) in out.report.leaves
+
+
+def test_tied_gpt(check):
+    fn, state = split(GPT(nnx.Rngs(0), tied=True))
+    check(fn, state, tokens(), sites=3, added=1, grads=True, halves=True)
+
+
+def test_dropout_in_training(check):
+    """Behind the embedding: what is left of it is recentered."""
+    graph, state, rest = nnx.split(GPT(nnx.Rngs(0), dropout=0.4), nnx.Param, ...)
+    check(lambda p, rest, t: nnx.merge(graph, p, rest)(t), state, rest, tokens(), sites=3, added=1, halves=True)
 
 
 def test_scanned_gpt(check):

@@ -402,51 +402,6 @@ def test_rms_norm_models_have_no_site():
     assert kept(fn, SMALL, normal(B, L, 5)) == ""
 
 
-def test_custom_rules_are_kept_unless_told_otherwise():
-    @jax.custom_vjp
-    def norm(x):
-        return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)
-
-    def forward(x):
-        y, pull = jax.vjp(norm.fun, x)
-        return y, pull
-
-    norm.defvjp(forward, lambda pull, g: pull(g))
-    fn = lambda p, x: norm(x @ p["w"]) @ p["head"]  # noqa: E731
-    assert "custom derivative rule" in kept(fn, SMALL, normal(B, L, 5))
-    out = convert(fn, SMALL, normal(B, L, 5), inline_custom=True)
-    assert out.report.converted == 1
-    x = normal(B, L, 5)
-    wanted = jax.grad(lambda p: jnp.sum(jnp.sin(fn(p, x))))(SMALL)
-    found = jax.grad(lambda p: jnp.sum(jnp.sin(out.fn(out.prepare(p), x))))(SMALL)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.allclose(a, b, atol=1e-10)), wanted, found))
-
-
-def test_custom_rules_off_the_stream_survive(check):
-    @jax.custom_jvp
-    def straight_through(x):
-        return jnp.round(x)
-
-    straight_through.defjvps(lambda t, _, x: t)
-
-    def fn(p, x):
-        h = straight_through(rsqrt_norm(x @ p["w"], p["ln"]) @ p["head"])
-        return rsqrt_norm(h @ p["back"], p["ln"]) @ p["head"]
-
-    check(fn, {**SMALL, "back": normal(3, D)}, normal(B, L, 5), sites=2)
-
-
-def test_a_custom_rule_may_not_know_that_a_mean_is_zero():
-    """The function is centering, its rule is the identity's: the norm behind it has to keep its mean for the gradients' sake."""
-
-    @jax.custom_vjp
-    def center(x):
-        return x - x.mean(-1, keepdims=True)
-
-    center.defvjp(lambda x: (center.fun(x), None), lambda _, g: (g,))
-    kept(lambda p, x: rsqrt_norm(center(x @ p["w"]), p["ln"]) @ p["head"], SMALL, normal(B, L, 5))
-
-
 def test_effects_stay_in_order(capsys):
     def fn(p, x):
         jax.debug.print("first", ordered=True)
@@ -464,7 +419,7 @@ def test_effects_stay_in_order(capsys):
 def test_single_precision_programs_convert_in_a_single_precision_process():
     with jax.enable_x64(False):
         params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), gpt_params(1))
-        out = convert(gpt(), params, tokens().astype(jnp.int32))
+        out = convert(gpt(), params, np.asarray(tokens()))  # int64 to NumPy, int32 to JAX
         assert out.report.error < 1e-10
         assert out.report.converted == 3
         assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(out.params))

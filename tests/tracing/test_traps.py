@@ -1,6 +1,6 @@
 """Programs made to fool the converter: whatever it does to them, the function must stay the same.
 
-`PRENORM_TRAPS=2000 pytest tests/tracing/test_traps.py -k random` runs the long search.
+`PRENORM_TRAPS=2000 pytest tests/tracing/test_traps.py -k random` runs the long search: as many programs, and their gradients.
 """
 
 import os
@@ -255,7 +255,7 @@ def test_random_programs_stay_the_same(program, activations, fold):
 
 
 @settings(
-    max_examples=max(PROGRAMS // 10, 2),
+    max_examples=PROGRAMS if PROGRAMS > 25 else 2,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     derandomize=PROGRAMS <= 25,
