@@ -44,7 +44,9 @@ def with_leaves(tree: Tree, flat: Mapping[str, Any], like: Mapping[str, tuple[st
     unused = dict(flat)
     boxes = _boxes(tree)
     for path, (source, axis) in (like or {}).items():
-        unused[path] = _in_box_less_axis(boxes[source], unused[path], axis)
+        # A leaf of something that is no mapping has no box of its own; nothing can be added there either.
+        if source in boxes:
+            unused[path] = _in_box_less_axis(boxes[source], unused[path], axis)
     parents = {path[: end.start()] for path in flat for end in re.finditer("/", path)} | set(flat)
     result = _rebuilt(tree, "", unused, parents)
     if unused:

@@ -105,6 +105,6 @@ def _as_saved(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.M
     return {name.rpartition(".")[0]: by_token[id(token)] for name, token in saved.items() if id(token) in by_token}
 
 
-def _recenter(module, inputs):
+def _recenter(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     x, *others = inputs
     return (x - x.mean(-1, keepdim=True), *others)

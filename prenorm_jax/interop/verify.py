@@ -303,7 +303,7 @@ def _watch(
 def _wide_throughout(torch: Any, dtype: Any) -> Any:
     """Reference code takes softmax, rotary angles and more in float32, whatever the model's dtype; in a float64 run it is float64."""
 
-    class Wide(torch.overrides.TorchFunctionMode):  # type: ignore[misc]
+    class Wide(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if dtype == torch.float64:
                 function = torch.Tensor.double if function is torch.Tensor.float else function

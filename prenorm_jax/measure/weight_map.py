@@ -154,7 +154,7 @@ def drawn(tree: Tree) -> Tree:
 def map_case(change: Map, params: Tree) -> Case:
     """The map alone. Its calls share their argument, and a device runs them one after the other."""
     compiled = jax.jit(change).lower(params).compile()
-    return lambda carry: compiled(params), None
+    return Case(lambda carry: compiled(params), None, compiled)
 
 
 def map_and_pull_back_case(change: Map, params: Tree) -> Case:
@@ -166,7 +166,7 @@ def map_and_pull_back_case(change: Map, params: Tree) -> Case:
         return mapped, pull_back(jax.lax.optimization_barrier(mapped))
 
     compiled = jax.jit(there_and_back).lower(params).compile()
-    return lambda carry: compiled(params), None
+    return Case(lambda carry: compiled(params), None, compiled)
 
 
 def table(result: dict[str, Any]) -> str:

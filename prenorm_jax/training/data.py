@@ -56,7 +56,7 @@ def load(experiment: Experiment) -> Splits:
         assert isinstance(model, GPTConfig)
         return stdlib(data.root or sysconfig.get_path("stdlib"), model.context)
     if data.name in FROM_FILES:
-        return importlib.import_module(FROM_FILES[data.name]).load(data, model)  # type: ignore[no-any-return]
+        return importlib.import_module(FROM_FILES[data.name]).load(data, model)
     held_out = max(1, data.examples // 8)
     return Splits(Synthetic(model, data.seed, 0, data.examples), Synthetic(model, data.seed, 1, held_out))
 

@@ -47,7 +47,7 @@ class Preprocessing:
             image = image.crop((left, top, left + width, top + height))
         pixels = np.asarray(image, np.float32)
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-        return (pixels * np.float32(self.factor) - np.float32(self.mean)) / np.float32(self.std)
+        return (pixels * np.float32(self.factor) - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
         """(width, height)"""
