@@ -53,8 +53,9 @@ def measure(config: ViTConfig, batch_size: int, **windows: int) -> dict[str, Any
     tx = make_optimizer(Optimizer(), steps=1000)
 
     def step(norm: str, coordinates: str) -> Case:
-        task = ImageClassification(label_smoothing=0.1)
-        return training_case(_of(config, norm), params, task, tx, batch, coordinates=coordinates)
+        form, task = _of(config, norm), ImageClassification(label_smoothing=0.1)
+        own = jax.jit(lambda params: models.native(params, form))(params) if coordinates == "native" else params
+        return training_case(form, own, task, tx, batch, coordinates=coordinates)
 
     steps = {BASELINE: step("pre_ln", "native")}
     for norm in VARIANTS:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prenorm_jax.models import hopper
 from prenorm_jax.models.config import ATTENTIONS, Transformer, require_one_of
 from prenorm_jax.models.gelu import gelu
 from prenorm_jax.models.variants import Variant
@@ -157,8 +158,14 @@ def attend(
       length: how many keys of each sequence may be seen, from the first on; None: all.
       implementation: one of `ATTENTIONS`.
     """
-    if attention_kernel(implementation, q.dtype, q.shape[-1]) == "cudnn":
-        return _attend_by_cudnn(q, k, v, causal=causal, length=length)
+    plain = mask is None and not causal
+    kernel = attention_kernel(implementation, q.dtype, q.shape[-1], *((q.shape[1], k.shape[1]) if plain else ()))
+    if kernel == "hopper" and not plain:
+        raise ValueError(
+            "model.attention: hopper's kernels see every key; for causal attention choose auto, cudnn or xla"
+        )
+    if kernel != "xla":
+        return _attend_on_even_rows(kernel, q, k, v, causal=causal, length=length)
     if length is not None:
         seen = (jnp.arange(k.shape[1]) < length)[None, None, None]
         mask = seen if mask is None else mask & seen
@@ -167,29 +174,43 @@ def attend(
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
 
 
-def attention_kernel(implementation: str, dtype: Any, head_width: int) -> str:
-    """What one of `ATTENTIONS` comes to, "xla" or "cudnn": "auto" is cudnn where it serves (a GPU, bfloat16 or float16, a head width of a
-    multiple of 8 up to 128), else xla."""
+def attention_kernel(implementation: str, dtype: Any, head_width: int, *lengths: int) -> str:
+    """What one of `ATTENTIONS` comes to: "auto" is hopper where it serves (see `hopper.served`), else cudnn where that does (a GPU,
+    bfloat16 or float16, a head width of a multiple of 8 up to 128), else xla.
+
+    Args:
+      lengths: of queries and keys, where every query may see the same keys.
+    """
     require_one_of("model.attention", implementation, ATTENTIONS)
     if implementation != "auto":
         return implementation
+    if lengths and hopper.served(dtype, head_width, *lengths):
+        return "hopper"
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     served = half and head_width % 8 == 0 and head_width <= 128 and jax.default_backend() == "gpu"
     return "cudnn" if served else "xla"
 
 
+# What a sequence's length has to be a multiple of. cuDNN differentiates even ones only.
+MULTIPLES = {"xla": 1, "cudnn": 2, "hopper": hopper.ROWS}
+
+
 def even_length(config: Transformer, length: int) -> int:
-    """The length to run sequences of `length` tokens with: cuDNN differentiates even ones only, so there an odd one (the 197 of a
-    ViT) takes one token more, which nobody sees. Adding it once costs 1 / length; in each attention it costs a third of it."""
-    return length + (length % 2 and attention_kernel(config.attention, config.dtype, config.head_width) == "cudnn")
+    """The length to run sequences of `length` tokens with: one that the attention's kernel takes (`MULTIPLES`). The 197 tokens of a ViT
+    take a few more, which nobody sees. Adding them once costs a share of their number; in each attention it costs a third of it."""
+    multiple = MULTIPLES[attention_kernel(config.attention, config.dtype, config.head_width, length, length)]
+    return -(-length // multiple) * multiple
 
 
-def _attend_by_cudnn(q: Array, k: Array, v: Array, *, causal: bool, length: int | None) -> Array:
+def _attend_on_even_rows(kernel: str, q: Array, k: Array, v: Array, *, causal: bool, length: int | None) -> Array:
     batch, queries = q.shape[:2]
-    if queries % 2:
+    multiple = MULTIPLES[kernel]
+    if queries % multiple:
         length = k.shape[1] if length is None else length
-        q, k, v = (jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in (q, k, v))
+        q, k, v = (jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)]) for x in (q, k, v))
     # The queries behind `length` attend as well: what nobody reads has to be finite all the same.
+    if kernel == "hopper":
+        return hopper.attend(q, k, v, k.shape[1] if length is None else length)[:, :queries]
     lengths = None if length is None else jnp.full((batch,), length, jnp.int32)
     y = jax.nn.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn")
     return y[:, :queries]

@@ -10,7 +10,7 @@ import math
 NORMS = ("pre_ln", "pre_rmsnorm", "pre_crmsnorm", "no_norm")
 BASES = ("reflect", "drop")
 LAYOUTS = ("packed", "compact")
-ATTENTIONS = ("auto", "xla", "cudnn")
+ATTENTIONS = ("auto", "xla", "cudnn", "hopper")
 GELUS = ("tanh", "erf")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 POOLS = ("cls", "mean", "cls_and_mean")

@@ -1,0 +1,303 @@
+"""Attention over a short sequence, forward and backward, for GPUs of compute capability 9 (Pallas, Mosaic GPU).
+
+The queries, keys and values of one head are a few hundred rows of 64 numbers. One thread block takes a head of one example, loads all
+of it into shared memory once, and keeps whole rows of the softmax in registers: nothing is rescaled, nothing is summed over blocks,
+and two thread blocks share a multiprocessor, one computing while the other loads. In the backward pass each block of 64 queries makes
+its own gradient, then each block of 64 keys makes theirs, the probabilities being written from scores and log-sum-exp in both.
+
+Shapes: B batch, L rows of a sequence, of which the first `length` are seen; H heads, K = 64 head width. Tables of an example's head lie
+one below the other in shared memory, L rows each; a product over more rows than L runs on into the next one, whose numbers are finite
+and meet probabilities of zero.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+HEAD_WIDTH = 64
+LENGTHS = (64, 256)  # shortest and longest sequence
+ROWS = 8  # L is a multiple of them
+BLOCK = 64  # rows of a product
+
+
+def served(dtype: Any, head_width: int, queries: int, keys: int) -> bool:
+    """Whether these kernels can attend, on this process's one device."""
+    if jax.default_backend() != "gpu" or jax.device_count() > 1 or jax.__version_info__ < (0, 11):
+        return False  # over several devices the kernel would have to be told how its arguments are sharded
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    short = queries == keys and LENGTHS[0] <= keys <= LENGTHS[1]
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    return half and head_width == HEAD_WIDTH and short and capability == "9.0"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def attend(q: Array, k: Array, v: Array, length: int, interpret: Any = False) -> Array:
+    """softmax(q k^T / sqrt(K)) v over the first `length` keys.
+
+    Args:
+      q, k, v: (B, L, H, 64) bfloat16 or float16, L a multiple of 8 from 64 to 256.
+      interpret: False, or the parameters of Pallas's interpreter, which runs without a GPU.
+
+    Returns: (B, L, H, 64); rows from `length` on attend as well.
+    Raises: ValueError for other shapes.
+    """
+    rows, width = q.shape[1], q.shape[3]
+    if not q.shape == k.shape == v.shape or width != HEAD_WIDTH or rows % ROWS or not LENGTHS[0] <= rows <= LENGTHS[1]:
+        raise ValueError(
+            f"hopper attention: got queries {q.shape}, keys {k.shape}; expected one shape (batch, rows, heads, {HEAD_WIDTH}) with "
+            f"{LENGTHS[0]} to {LENGTHS[1]} rows, a multiple of {ROWS}; model.attention=auto chooses what serves"
+        )
+    return _forward(q, k, v, length, interpret)[0]
+
+
+def _attend_forward(q: Array, k: Array, v: Array, length: int, interpret: Any) -> tuple[Array, Any]:
+    out, log_sums = _forward(q, k, v, length, interpret)
+    return out, (q, k, v, out, log_sums)
+
+
+def _attend_backward(length: int, interpret: Any, residuals: Any, dout: Array) -> tuple[Array, Array, Array]:
+    q, k, v, out, log_sums = residuals
+    return _backward(q, k, v, out, log_sums, dout, length, interpret)
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward(q: Array, k: Array, v: Array, length: int, interpret: Any) -> tuple[Array, Array]:
+    """Attention, and the base-2 logarithms (B, H, L) of the sums of exponentials, float32."""
+    batch, rows, heads, width = q.shape
+    scale = math.log2(math.e) / math.sqrt(width)
+    pallas, gpu = _pallas()
+    # V comes first: what follows it are numbers as well.
+    v_at, q_at, k_at, out_at = (rows * table for table in range(4))
+    chunks = list(_chunks(rows, 64))
+
+    def kernel(q_ref, k_ref, v_ref, out_ref, log_sums_ref, smem, log_sums_smem, qk_loaded, v_loaded):  # type: ignore[no-untyped-def]
+        example, head = lax.axis_index("batch"), lax.axis_index("heads")
+        for ref, at, loaded in ((q_ref, q_at, qk_loaded), (k_ref, k_at, qk_loaded), (v_ref, v_at, v_loaded)):
+            gpu.copy_gmem_to_smem(ref.at[example, :, head], smem.at[pallas.ds(at, rows)], loaded)
+        outgoing = smem.at[pallas.ds(out_at, BLOCK)]
+        gpu.barrier_wait(qk_loaded)
+        for number, start in enumerate(_blocks(rows)):
+
+            def scores(*sums, start=start):  # type: ignore[no-untyped-def]
+                for total, (first, count) in zip(sums, chunks, strict=True):
+                    keys = smem.at[pallas.ds(k_at + first, count)]
+                    gpu.wgmma(total, smem.at[pallas.ds(q_at + start, BLOCK)], keys.transpose((1, 0)))
+                return [total[...] for total in sums]
+
+            s = pallas.run_scoped(scores, *[gpu.ACC((BLOCK, count), jnp.float32) for _, count in chunks])
+            s = [_where_seen(part, chunk, length, -jnp.inf) for part, chunk in zip(s, chunks, strict=True)]
+            top = functools.reduce(jnp.maximum, [part.max(axis=1) for part in s]) * scale
+            p = [jnp.exp2(part * scale - _columns(top, part)) for part in s]
+            norm = functools.reduce(jnp.add, [part.sum(axis=1) for part in p])
+            if number == 0:
+                gpu.barrier_wait(v_loaded)
+
+            def mix(total, p=p):  # type: ignore[no-untyped-def]
+                for part, (first, count) in zip(p, chunks, strict=True):
+                    gpu.wgmma(total, part.astype(q.dtype), smem.at[pallas.ds(v_at + first, count)])
+                return total[...]
+
+            out = pallas.run_scoped(mix, gpu.ACC((BLOCK, width), jnp.float32))
+            gpu.wait_smem_to_gmem(0, wait_read_only=True)
+            outgoing[...] = (out / _columns(norm, out)).astype(q.dtype)
+            log_sums_smem[pallas.ds(start, BLOCK)] = top + jnp.log(norm) * math.log2(math.e)
+            gpu.commit_smem()
+            gpu.copy_smem_to_gmem(outgoing, out_ref.at[example, pallas.ds(start, BLOCK), head])
+        gpu.copy_smem_to_gmem(log_sums_smem, log_sums_ref.at[example, head])
+        gpu.wait_smem_to_gmem(0)
+
+    return gpu.kernel(
+        kernel,
+        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32)),
+        scratch_types=[
+            _tables(3 * rows + BLOCK, width, q.dtype, swizzle=128),
+            gpu.SMEM((rows,), jnp.float32),
+            gpu.Barrier(num_arrivals=2),
+            gpu.Barrier(),
+        ],
+        **_launch(batch, heads, interpret),
+    )(q, k, v)
+
+
+def _backward(
+    q: Array, k: Array, v: Array, out: Array, log_sums: Array, dout: Array, length: int, interpret: Any
+) -> tuple[Array, Array, Array]:
+    """The gradients of q, k and v. With P the probabilities, dP = dO V^T and delta = rowsum(dO * O): dS = P * (dP - delta),
+    dQ = dS K / sqrt(K), dK = dS^T Q / sqrt(K), dV = P^T dO."""
+    batch, rows, heads, width = q.shape
+    scale = math.log2(math.e) / math.sqrt(width)
+    pallas, gpu = _pallas()
+    delta = jnp.einsum("blhk,blhk->bhl", out.astype(jnp.float32), dout.astype(jnp.float32))
+    # V comes last: no product sums over its rows.
+    k_at, q_at, dout_at, v_at, gradient_at = (rows * table for table in range(5))
+    chunks = list(_chunks(rows, 32))
+    padded = max(first + count for first, count in chunks)
+
+    def kernel(  # type: ignore[no-untyped-def]
+        q_ref,
+        k_ref,
+        v_ref,
+        dout_ref,
+        log_sums_ref,
+        delta_ref,
+        dq_ref,
+        dk_ref,
+        dv_ref,
+        smem,
+        log_sums_smem,
+        delta_smem,
+        loaded,
+    ):
+        example, head = lax.axis_index("batch"), lax.axis_index("heads")
+        for ref, at in ((k_ref, k_at), (q_ref, q_at), (v_ref, v_at), (dout_ref, dout_at)):
+            gpu.copy_gmem_to_smem(ref.at[example, :, head], smem.at[pallas.ds(at, rows)], loaded)
+        for ref, vector in ((log_sums_ref, log_sums_smem), (delta_ref, delta_smem)):
+            gpu.copy_gmem_to_smem(ref.at[example, head], vector.at[pallas.ds(0, rows)], loaded)
+        gpu.barrier_wait(loaded)
+        outgoing = smem.at[pallas.ds(gradient_at, BLOCK)]
+
+        def store(value, ref, start):  # type: ignore[no-untyped-def]
+            gpu.wait_smem_to_gmem(0, wait_read_only=True)
+            outgoing[...] = value.astype(q.dtype)
+            gpu.commit_smem()
+            gpu.copy_smem_to_gmem(outgoing, ref.at[example, pallas.ds(start, BLOCK), head])
+
+        def scores_and_dp(s_at, dp_at, s_by, dp_by, count):  # type: ignore[no-untyped-def]
+            def products(s, dp):  # type: ignore[no-untyped-def]
+                for total, left, right in ((s, s_at, s_by), (dp, dp_at, dp_by)):
+                    by = smem.at[pallas.ds(right, count)]
+                    gpu.wgmma(total, smem.at[pallas.ds(left, BLOCK)], by.transpose((1, 0)))
+                return s[...], dp[...]
+
+            return pallas.run_scoped(products, *[gpu.ACC((BLOCK, count), jnp.float32)] * 2)
+
+        for start in _blocks(rows):
+            log_sum = gpu.load(log_sums_smem.at[pallas.ds(start, BLOCK)], layout=gpu.Layout.WGMMA.reduce(1))
+            row_delta = gpu.load(delta_smem.at[pallas.ds(start, BLOCK)], layout=gpu.Layout.WGMMA.reduce(1))
+            dq = _zeros(width)
+            for first, count in chunks:
+                s, dp = scores_and_dp(q_at + start, dout_at + start, k_at + first, v_at + first, count)
+                ds = jnp.exp2(s * scale - _columns(log_sum, s)) * (dp - _columns(row_delta, dp))
+                ds = _where_seen(ds, (first, count), length, 0)
+
+                def add_dq(total, ds=ds, first=first, count=count):  # type: ignore[no-untyped-def]
+                    gpu.wgmma(total, ds.astype(q.dtype), smem.at[pallas.ds(k_at + first, count)])
+
+                dq = pallas.run_state(add_dq)(gpu.ACC.init(dq))
+            store(dq / math.sqrt(width), dq_ref, start)
+
+        for start in _blocks(rows):
+            dk, dv = _zeros(width), _zeros(width)
+            for first, count in chunks:
+                s, dp = scores_and_dp(k_at + start, v_at + start, q_at + first, dout_at + first, count)
+                log_sum = gpu.load(log_sums_smem.at[pallas.ds(first, count)], layout=gpu.Layout.WGMMA.reduce(0))
+                row_delta = gpu.load(delta_smem.at[pallas.ds(first, count)], layout=gpu.Layout.WGMMA.reduce(0))
+                p = jnp.exp2(s * scale - _rows(log_sum, s))
+                ds = p * (dp - _rows(row_delta, dp))
+                # Queries behind the last row of all; those between `length` and it have gradients of their own.
+                p, ds = (_where_seen(part, (first, count), rows, 0) for part in (p, ds))
+
+                def add_dv_dk(totals, p=p, ds=ds, first=first, count=count):  # type: ignore[no-untyped-def]
+                    gpu.wgmma(totals[0], p.astype(q.dtype), smem.at[pallas.ds(dout_at + first, count)])
+                    gpu.wgmma(totals[1], ds.astype(q.dtype), smem.at[pallas.ds(q_at + first, count)])
+
+                dv, dk = pallas.run_state(add_dv_dk)((gpu.ACC.init(dv), gpu.ACC.init(dk)))
+            dv, dk = (_where_row_seen(part, start, length) for part in (dv, dk))
+            store(dv, dv_ref, start)
+            store(dk / math.sqrt(width), dk_ref, start)
+        gpu.wait_smem_to_gmem(0)
+
+    return gpu.kernel(
+        kernel,
+        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype),) * 3,
+        scratch_types=[
+            _tables(4 * rows + BLOCK, width, q.dtype, swizzle=64),
+            gpu.SMEM((padded,), jnp.float32),
+            gpu.SMEM((padded,), jnp.float32),
+            gpu.Barrier(num_arrivals=6),
+        ],
+        **_launch(batch, heads, interpret),
+    )(q, k, v, dout, log_sums, delta)
+
+
+def _pallas() -> tuple[Any, Any]:
+    # Imported where it is used: other backends, and older versions of jax, never see it.
+    from jax.experimental import pallas
+    from jax.experimental.pallas import mosaic_gpu
+
+    return pallas, mosaic_gpu
+
+
+def _launch(batch: int, heads: int, interpret: Any) -> dict[str, Any]:
+    """One warpgroup for every head of every example."""
+    _, gpu = _pallas()
+    return {
+        "grid": (heads, batch),
+        "grid_names": ("heads", "batch"),
+        "num_threads": 1,
+        "thread_name": "warpgroup",
+        "compiler_params": gpu.CompilerParams(approx_math=True),
+        "interpret": interpret,
+    }
+
+
+def _tables(rows: int, width: int, dtype: Any, swizzle: int) -> Any:
+    """Shared memory that products read: tiles of 8 rows of `swizzle` bytes."""
+    _, gpu = _pallas()
+    tiles = gpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
+    return gpu.SMEM((rows, width), dtype, transforms=(tiles, gpu.SwizzleTransform(swizzle)))
+
+
+def _blocks(rows: int) -> Sequence[int]:
+    """First rows of the blocks that cover `rows`; the last one overlaps the one before, and says the same there."""
+    return [min(start, rows - BLOCK) for start in range(0, rows, BLOCK)]
+
+
+def _chunks(rows: int, multiple: int) -> Iterator[tuple[int, int]]:
+    """(first row, count) of parts of at most 128 rows, each a multiple of `multiple`, the last of which may end behind `rows`."""
+    total = -(-rows // multiple) * multiple
+    first = 0
+    while first < total:
+        count = (total - first) % 128 or 128
+        yield first, count
+        first += count
+
+
+def _zeros(width: int) -> Array:
+    _, gpu = _pallas()
+    return gpu.layout_cast(jnp.zeros((BLOCK, width), jnp.float32), gpu.Layout.WGMMA)
+
+
+def _columns(vector: Array, like: Array) -> Array:
+    """A number for each row."""
+    return lax.broadcast_in_dim(vector, like.shape, [0])
+
+
+def _rows(vector: Array, like: Array) -> Array:
+    """A number for each column."""
+    return lax.broadcast_in_dim(vector, like.shape, [1])
+
+
+def _where_seen(values: Array, chunk: tuple[int, int], length: int, otherwise: float) -> Array:
+    """Columns of a chunk, with `otherwise` in those from `length` on."""
+    first, count = chunk
+    return values if first + count <= length else jnp.where(_indices(values, 1) + first < length, values, otherwise)
+
+
+def _where_row_seen(values: Array, start: int, length: int) -> Array:
+    """Rows of a block, with zeros in those from `length` on."""
+    return values if start + BLOCK <= length else jnp.where(_indices(values, 0) + start < length, values, 0)
+
+
+def _indices(values: Array, axis: int) -> Array:
+    _, gpu = _pallas()
+    return gpu.broadcasted_iota(jnp.int32, values.shape, axis, layout=gpu.Layout.WGMMA)
