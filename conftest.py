@@ -1,10 +1,14 @@
 """Doctests see single precision, as their readers would."""
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 
 import jax
 import pytest
+
+# A file for users of torch, who need nothing else of this package.
+collect_ignore = [] if importlib.util.find_spec("torch") else ["prenorm_jax/interop/torch_norms.py"]
 
 
 @pytest.fixture(autouse=True)

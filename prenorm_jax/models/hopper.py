@@ -70,6 +70,8 @@ def _attend_backward(length: int, interpret: Any, residuals: Any, dout: Array) -
 attend.defvjp(_attend_forward, _attend_backward)
 
 
+# Under jit, so that a model of many layers lowers each kernel once.
+@functools.partial(jax.jit, static_argnames=("length", "interpret"))
 def _forward(q: Array, k: Array, v: Array, length: int, interpret: Any) -> tuple[Array, Array]:
     """Attention, and the base-2 logarithms (B, H, L) of the sums of exponentials, float32."""
     batch, rows, heads, width = q.shape
@@ -128,6 +130,7 @@ def _forward(q: Array, k: Array, v: Array, length: int, interpret: Any) -> tuple
     )(q, k, v)
 
 
+@functools.partial(jax.jit, static_argnames=("length", "interpret"))
 def _backward(
     q: Array, k: Array, v: Array, out: Array, log_sums: Array, dout: Array, length: int, interpret: Any
 ) -> tuple[Array, Array, Array]:

@@ -31,7 +31,7 @@ def test_the_top_1_of_a_folder_is_the_originals_in_every_form(tmp_path):
             images.append(np.asarray(small, np.float32) / 127.5 - 1)
             labels.append(label)
     logits = jax.jit(model.apply)({"params": params}, np.stack(images))
-    expected = np.mean(np.argmax(logits, axis=-1) == np.asarray(labels))
+    expected = float(np.mean(np.argmax(logits, axis=-1) == np.asarray(labels)))
     assert main(["import", str(tmp_path / "vit.npz"), str(tmp_path / "imported")]) == 0
     config = f"--config=configs/pretrained.py:{tmp_path / 'imported'}"
     workdir = tmp_path / "out"

@@ -23,7 +23,7 @@ def test_each_conversion_is_measured(conversion, monkeypatch, capsys):
 
 
 def test_the_published_figures_keep_the_bounds():
-    rows = json.loads((ROOT / "results/scale.json").read_text())["rows"]
+    rows = json.loads((ROOT / "results/cost/scale.json").read_text())["rows"]
     assert [(row["conversion"], row["dtype"], row["layers"] == "scanned") for row in rows] == list(scale.RUNS)
     for row in rows:
         assert row["parameters"] > 1.3e9

@@ -38,8 +38,8 @@ def test_the_foreign_tree_has_as_many_parameters_as_ours():
 def test_the_pull_back_that_is_timed_is_the_gradient():
     params = weight_map.drawn(models.abstract(CONFIG))
     spec = models.main_branch(CONFIG)
-    step, carry = weight_map.map_and_pull_back_case(lambda params: transforms.recenter(params, spec), params)
-    mapped, pulled = step(carry)
+    case = weight_map.map_and_pull_back_case(lambda params: transforms.recenter(params, spec), params)
+    mapped, pulled = case.step(case.carry)
     # Recentering is a projection, so its pull-back leaves alone what is recentered.
     for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(pulled), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)

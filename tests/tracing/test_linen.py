@@ -204,7 +204,7 @@ def images(b=2, s=4):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"pool": "mean"}, {"registers": 3}, {"sincos": True, "pool": "mean"}],
+    [{}, {"pool": "mean"}, {"registers": 2}, {"sincos": True, "pool": "mean"}],
     ids=["class", "mean", "registers", "sincos"],
 )
 def test_vit(check, options):
