@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # on one Python
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from prenorm_jax.measure import study
 from prenorm_jax.measure.comparison import answers_table, times_table
 from prenorm_jax.measure.equivalence import Report
 
@@ -29,6 +30,11 @@ def test_its_tables_are_made_from_json(path):
     assert times_table(result) in TEXT
     if path.stem.startswith("quickstart"):
         assert answers_table(result) in TEXT
+
+
+@pytest.mark.parametrize("name", ["paper_vit_training", "paper_gpt"])
+def test_its_step_times_are_made_from_json(name):
+    assert study.table(json.loads((ROOT / f"results/speed/{name}.json").read_text())) in TEXT
 
 
 def test_the_files_that_it_names_are_there():

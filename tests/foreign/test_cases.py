@@ -19,6 +19,8 @@ from running import APIS, NNX, TRANSFORMS, Linen, example, unstacked, worst
 import prenorm_jax as pn
 from prenorm_jax.paths import leaves
 
+pytestmark = pytest.mark.slow  # on one Python
+
 EXACT = 1e-10
 every_api = pytest.mark.parametrize("api", APIS)
 every_case = pytest.mark.parametrize("name", CASES)

@@ -7,6 +7,8 @@ from strangers import EXACT, MISDESCRIBED, REFUSED, WELL, well_described
 
 import prenorm_jax as pn
 
+pytestmark = pytest.mark.slow  # on one Python
+
 every_api = pytest.mark.parametrize("api", APIS)
 
 

@@ -11,6 +11,8 @@ from prenorm_jax import transforms
 from prenorm_jax.measure import drift, drift_document
 from prenorm_jax.norms import rms_norm
 
+pytestmark = pytest.mark.slow  # on one Python
+
 ROOT = Path(__file__).parents[2]
 STUDY = drift.Study(16, (1, 2), tokens=4, vocabulary=8, head_dim=8, means=(0, 30), dtypes=("float64", "float32"))
 

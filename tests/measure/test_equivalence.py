@@ -56,6 +56,7 @@ def test_float64_logits_and_gradients_are_the_oracles(kind):
     assert errors(unrecentered, oracle).logits_max >= TOLERANCES["negative_control"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "depth"), [("vit", 12), ("gpt", 12), ("gpt-tied", 24), ("vit", 24), ("gpt", 24)])
 def test_in_low_precision_no_form_is_worse_than_its_bound(kind, depth):
     config = config_of(kind, depth)

@@ -14,6 +14,8 @@ from prenorm_jax.measure import counts, pictures, profile, study, works
 from prenorm_jax.measure.equivalence import PRE_LN, Form
 from prenorm_jax.models.config import ConfigError
 
+pytestmark = pytest.mark.slow  # on one Python
+
 ROOT = pathlib.Path(__file__).parents[2]
 SIZES = {"width": 8, "depth": 1, "heads": 2, "mlp_width": 16}
 GPT = models.GPTConfig(**SIZES, context=4, vocab_size=11, vocab_multiple=4, dtype="bfloat16")

@@ -9,6 +9,8 @@ import pytest
 from prenorm_jax import models, transforms
 from prenorm_jax.measure import weight_map
 
+pytestmark = pytest.mark.slow  # on one Python
+
 CONFIG = models.ViTConfig(width=8, depth=1, heads=2, mlp_width=16, image_size=8, patch_size=4, classes=3)
 
 

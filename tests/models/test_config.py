@@ -29,7 +29,7 @@ GPT = GPTConfig(width=8, depth=2, heads=2, mlp_width=16)
         (VIT, "gelu", "relu", "tanh, erf"),
         (VIT, "dtype", "int8", "bfloat16, float16, float32, float64"),
         (VIT, "param_dtype", "f32", "bfloat16, float16, float32, float64"),
-        (VIT, "attention", "flash", "auto, xla, cudnn"),
+        (VIT, "attention", "flash", "auto, xla, cudnn, hopper"),
         (VIT, "scan_layers", "no", "True or False"),
         (VIT, "remat", 1, "True or False"),
         (VIT, "image_size", 0, "an integer > 0"),

@@ -101,6 +101,7 @@ def test_native_coordinates_start_alike_and_part(pre_ln_run):
     assert np.abs(values["loss"] - expected["loss"][:10]).max() >= 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "coordinates"), [("vit", "native"), ("gpt", "pre_ln")])
 def test_accumulation_equals_the_whole_batch(name, coordinates):
     model, task = TASKS[name]
