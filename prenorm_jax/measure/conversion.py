@@ -1,6 +1,6 @@
 """Time and memory of `prenorm convert` on a large checkpoint: a GPT-NeoX of random weights, as large as asked for, in two shards.
 
-python -m prenorm_jax.measure.conversion --gigabytes=6 --workdir=/tmp/large --json=results/interop/conversion_cpu.json
+python -m prenorm_jax.measure.conversion --gigabytes=6 --workdir=large --json=results/interop/conversion_cpu.json
 """
 
 import argparse

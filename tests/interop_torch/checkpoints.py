@@ -8,18 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torchvision_names  # noqa: F401
 import transformers
 from torch import nn
 from torch.nn import functional
 
-# timm imports torchvision, of whose compiled operators it needs none here: where those are of another build than torch, their names do.
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-    if not hasattr(torch.ops.torchvision, _name):
-        _OPERATORS.define(f"{_name}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
-
-import timm  # noqa: E402
-from timm.models._hub import save_for_hf  # noqa: E402
+# isort: split
+import timm
+from timm.models._hub import save_for_hf
 
 WIDTH, DEPTH, HEADS, CLASSES, CONTEXT, VOCABULARY = 16, 2, 2, 3, 6, 11
 SIZES = {
