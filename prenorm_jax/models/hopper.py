@@ -22,7 +22,7 @@ from jax import lax
 Array = jax.Array
 
 HEAD_WIDTH = 64
-LENGTHS = (64, 256)  # shortest and longest sequence
+LENGTHS = (64, 200)  # shortest and longest sequence; up to 200, two heads fit into a multiprocessor's shared memory
 ROWS = 8  # L is a multiple of them
 BLOCK = 64  # rows of a product
 
@@ -42,7 +42,7 @@ def attend(q: Array, k: Array, v: Array, length: int, interpret: Any = False) ->
     """softmax(q k^T / sqrt(K)) v over the first `length` keys.
 
     Args:
-      q, k, v: (B, L, H, 64) bfloat16 or float16, L a multiple of 8 from 64 to 256.
+      q, k, v: (B, L, H, 64) bfloat16 or float16, L a multiple of 8 from 64 to 200.
       interpret: False, or the parameters of Pallas's interpreter, which runs without a GPU.
 
     Returns: (B, L, H, 64); rows from `length` on attend as well.

@@ -11,7 +11,7 @@ from prenorm_jax.models.blocks import attend
 
 
 def main():
-    for length, causal in [(64, False), (196, False), (197, False), (256, False), (256, True), (197, True)]:
+    for length, causal in [(64, False), (100, False), (197, False), (256, False), (256, True), (197, True)]:
         q, k, v, w = (
             jax.random.normal(key, (4, length, 3, 64), jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4)
         )
@@ -31,7 +31,7 @@ def main():
 
         missed = {
             name: [error(a, b) for a, b in zip(outputs(q, k, v, name), exact, strict=True)]
-            for name in ("xla", "cudnn", *(() if causal else ("hopper",)))
+            for name in ("xla", "cudnn", *(("hopper",) if not causal and length <= 200 else ()))
         }
         print(length, causal, {name: [f"{e:.1e}" for e in found] for name, found in missed.items()})
         # bfloat16 keeps 8 bits; either form is a few roundings away from the float32 one.

@@ -60,7 +60,7 @@ def interpreter(monkeypatch):
     return mosaic_gpu.InterpretGPUParams()
 
 
-@pytest.mark.parametrize(("rows", "length"), [(72, 69), (64, 64)])
+@pytest.mark.parametrize(("rows", "length"), [(72, 69), (64, 64), (136, 130)])
 def test_values_and_gradients_are_attentions(interpreter, rows, length):
     rng = np.random.default_rng(0)
     q, k, v, dout = (jnp.asarray(rng.normal(size=(1, rows, 1, 64)), jnp.bfloat16) for _ in range(4))
@@ -75,7 +75,7 @@ def test_values_and_gradients_are_attentions(interpreter, rows, length):
     assert float(jnp.abs(out.astype(jnp.float32) - other).max() / jnp.abs(other).max()) > 2e-2
 
 
-@pytest.mark.parametrize("length", [196, 197, 256])
+@pytest.mark.parametrize("length", [100, 197])
 def test_both_passes_lower_for_a_gpu(length):
     x = jax.ShapeDtypeStruct((2, -(-length // 8) * 8, 3, 64), jnp.bfloat16)
 
@@ -88,8 +88,8 @@ def test_both_passes_lower_for_a_gpu(length):
 
 def test_what_the_kernels_do_not_take_is_refused():
     q = jnp.zeros((1, 64, 1, 64), jnp.bfloat16)
-    for wrong in (q[:, :63], q[:, :, :, :32], jnp.zeros((1, 264, 1, 64), jnp.bfloat16)):
-        with pytest.raises(ValueError, match=r"expected one shape \(batch, rows, heads, 64\) with 64 to 256 rows"):
+    for wrong in (q[:, :63], q[:, :, :, :32], jnp.zeros((1, 208, 1, 64), jnp.bfloat16)):
+        with pytest.raises(ValueError, match=r"expected one shape \(batch, rows, heads, 64\) with 64 to 200 rows"):
             hopper.attend(wrong, wrong, wrong, wrong.shape[1])
     with pytest.raises(ValueError, match="for causal attention choose auto"):
         attend(q, q, q, causal=True, implementation="hopper")
