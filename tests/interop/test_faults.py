@@ -4,6 +4,8 @@ from faults import FAULTS, LEFT, attempt, holds
 
 from prenorm_jax.interop.__main__ import main
 
+pytestmark = pytest.mark.slow  # on one Python
+
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_named_and_nothing_is_touched(name, tmp_path):

@@ -3,6 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.slow  # on one Python
+
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory):

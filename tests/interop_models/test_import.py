@@ -17,6 +17,8 @@ from prenorm_jax.interop.importing import import_checkpoint
 from prenorm_jax.interop.positions import resized
 from prenorm_jax.paths import leaves
 
+pytestmark = pytest.mark.slow  # on one Python
+
 IMAGES = np.random.default_rng(1).normal(size=(3, originals.IMAGE, originals.IMAGE, 3))
 
 

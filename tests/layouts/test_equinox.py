@@ -10,6 +10,8 @@ import prenorm_jax as pn
 from prenorm_jax import layouts
 from prenorm_jax.paths import TreeError
 
+pytestmark = pytest.mark.slow  # on one Python
+
 D, VOCAB, CLASSES = 6, 7, 3
 TEXT = jnp.array([[1, 2, 6, 3], [5, 1, 0, 2]])
 IMAGES = np.random.default_rng(1).normal(size=(2, 4, 12))  # four patches of 2 x 2 x 3

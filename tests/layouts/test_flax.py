@@ -13,6 +13,8 @@ import prenorm_jax as pn
 from prenorm_jax import layouts
 from prenorm_jax.layouts.flax import MODULES
 
+pytestmark = pytest.mark.slow  # on one Python
+
 D, HEADS, MLP, VOCAB, TOKENS, CLASSES = 6, 2, 9, 7, 4, 3
 TEXT = jnp.array([[1, 2, 6, 3], [5, 1, 0, 2]])
 IMAGES = np.random.default_rng(1).normal(size=(2, 4, 4, 3))

@@ -9,6 +9,8 @@ import pytest
 import prenorm_jax as pn
 from prenorm_jax import layouts
 
+pytestmark = pytest.mark.slow  # on one Python
+
 D, HEADS, VOCAB, CLASSES, LAYERS = 6, 2, 7, 3, 2
 TEXT = jnp.array([[1, 2, 6, 3], [5, 1, 0, 2]])
 IMAGES = np.random.default_rng(1).normal(size=(2, 4, 4, 3))

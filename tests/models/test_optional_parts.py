@@ -13,6 +13,8 @@ import prenorm_jax as pn
 from prenorm_jax import models
 from prenorm_jax.models import ConfigError, GPTConfig, ViTConfig
 
+pytestmark = pytest.mark.slow  # on one Python
+
 FLOAT64 = {"width": 8, "depth": 2, "heads": 2, "mlp_width": 12, "dtype": "float64", "param_dtype": "float64"}
 VIT = ViTConfig(**FLOAT64, image_size=4, patch_size=2, channels=2, classes=3)
 GPT = GPTConfig(**FLOAT64, context=6, vocab_size=11, vocab_multiple=4)
