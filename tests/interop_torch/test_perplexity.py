@@ -7,6 +7,9 @@ import sys
 
 import pytest
 import torch
+import torchvision_names  # noqa: F401
+
+# isort: split
 import transformers
 from tokenizers import ByteLevelBPETokenizer
 
