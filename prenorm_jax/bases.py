@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -35,8 +36,8 @@ def compress_activation(x: Any, basis: str = "reflect", *, layout: str = "compac
     >>> compress_activation(jnp.array([1.0, 3.0]), "drop")
     Array([-1.], dtype=float32)
     """
-    z = _widened(basis_maps(basis)["writer"], x)
-    return append_zero(z, -1) if _is_packed(layout) else z
+    change, spare = basis_maps(basis)["writer"], clear_last if _is_packed(layout) else drop_last
+    return _widened(lambda x, axis: spare(change(x, axis), axis), x)
 
 
 def expand_activation(z: Any, basis: str = "reflect", *, layout: str = "compact") -> jnp.ndarray:
@@ -65,14 +66,18 @@ def recenter_axis(w: Array, axis: int) -> Array:
     return w - w.mean(axis=axis, keepdims=True)
 
 
+# Maps to coordinates, from d lanes to d: the first d - 1 are the coordinates, the last says nothing. What is wanted is either dropped
+# (compact) or set (packed), and packed weights never change their shape on the way: a traced program maps a leaf in two passes.
+
+
 def drop_writer(w: Array, axis: int) -> Array:
-    """Coordinates 1..d-1 of the recentered w: (..., d, ...) -> (..., d-1, ...)."""
-    return drop_last(recenter_axis(w, axis), axis)
+    """Coordinates of the recentered w: w_j - mean(w)."""
+    return recenter_axis(w, axis)
 
 
 def drop_reader(w: Array, axis: int) -> Array:
-    """w_j - w_d for j < d: (..., d, ...) -> (..., d-1, ...)."""
-    return drop_last(w, axis) - last(w, axis)
+    """w_j - w_d."""
+    return w - last(w, axis)
 
 
 def undrop_writer(w: Array, axis: int) -> Array:
@@ -81,14 +86,19 @@ def undrop_writer(w: Array, axis: int) -> Array:
 
 
 def reflect(w: Array, axis: int) -> Array:
-    """H w along an axis, without its last coordinate, the mean: (..., d, ...) -> (..., d-1, ...).
+    """H w along an axis.
 
-    H w is blind to w + c 1 but for that last coordinate, so the last slice is subtracted first: a large mean then costs no precision,
-    and H y = y - u^2 / (1 - u) sum(y) for what is left.
+    H w is blind to w + c 1 but for its last coordinate, the mean, so the last slice is subtracted first: a large mean then costs no
+    precision. With y = w - c 1, (H y)_j = y_j - u^2 / (1 - u) sum(y) + u / (1 - u) y_d. c counts as a constant, so that the pull-back is as
+    short as the map: one sum over the axis.
     """
     u = 1 / math.sqrt(w.shape[axis])
-    y = drop_reader(w, axis)
-    return y - (u * u / (1 - u)) * y.sum(axis=axis, keepdims=True)
+    y = w - _constant(last(w, axis))
+    return y - (u * u / (1 - u)) * y.sum(axis=axis, keepdims=True) + (u / (1 - u)) * last(y, axis)
+
+
+def _constant(w: Array) -> Array:
+    return w if isinstance(w, np.ndarray) else jax.lax.stop_gradient(w)
 
 
 def unreflect(w: Array, axis: int) -> Array:
@@ -96,6 +106,18 @@ def unreflect(w: Array, axis: int) -> Array:
     u = 1 / math.sqrt(w.shape[axis] + 1)
     total = w.sum(axis=axis, keepdims=True)
     return xp(w).concatenate([w - (u * u / (1 - u)) * total, u * total], axis=axis)
+
+
+def set_last(w: Array, value: Array | float, axis: int) -> Array:
+    """w with its last slice replaced by `value`, which broadcasts against it."""
+    numpy = np if isinstance(w, np.ndarray) and isinstance(value, np.ndarray | float | int) else jnp
+    lane = numpy.arange(w.shape[axis]).reshape([-1 if k == axis else 1 for k in range(-w.ndim, 0)])
+    return numpy.where(lane == w.shape[axis] - 1, value, w)
+
+
+def clear_last(w: Array, axis: int) -> Array:
+    """w with zeros for its last slice."""
+    return set_last(w, 0, axis)
 
 
 def append_zero(w: Array, axis: int) -> Array:
@@ -146,7 +168,7 @@ BASES: dict[str, dict[str, Map]] = {
     "reflect": {"writer": reflect, "reader": reflect, "back_writer": unreflect, "back_reader": unreflect},
     "drop": {"writer": drop_writer, "reader": drop_reader, "back_writer": undrop_writer, "back_reader": append_zero},
 }
-"""Basis -> the maps of a writer's and a reader's axis from d to d - 1, and back."""
+"""Basis -> the maps of a writer's and a reader's axis to its coordinates, d to d (the last lane says nothing), and back, d - 1 to d."""
 
 
 def basis_maps(basis: str) -> dict[str, Map]:

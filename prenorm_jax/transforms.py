@@ -32,10 +32,12 @@ from prenorm_jax.bases import (
     along,
     append_zero,
     basis_maps,
+    clear_last,
     drop_last,
     last,
     recenter_axis,
     repeat_last,
+    set_last,
     stacks,
     xp,
 )
@@ -91,9 +93,10 @@ def compress(params: Tree, spec: MainBranch, basis: str = "reflect", layout: str
         )
     if layout == "packed":
         return _transform(
-            params, spec, fold=True, writer=[maps["writer"], append_zero], reader=[maps["reader"]], spare="fill"
+            params, spec, fold=True, writer=[maps["writer"], clear_last], reader=[maps["reader"]], spare="set"
         )
-    return _transform(params, spec, fold=True, writer=[maps["writer"]], reader=[maps["reader"]], affine=[drop_last])
+    writer, reader = ([maps[role], drop_last] for role in ("writer", "reader"))
+    return _transform(params, spec, fold=True, writer=writer, reader=reader, affine=[drop_last])
 
 
 def decompress(params: Tree, spec: MainBranch, basis: str = "reflect") -> Tree:
@@ -125,7 +128,7 @@ def pack(params: Tree, spec: MainBranch) -> Tree:
         raise LayoutError(
             f"pack: the main branch has {found.lanes} lanes; expected {found.width - 1}, the nominal width less 1"
         )
-    return _transform(params, spec, writer=[append_zero], affine=[repeat_last], spare="fill")
+    return _transform(params, spec, writer=[append_zero], reader=[append_zero], affine=[repeat_last], spare="set")
 
 
 def unpack(params: Tree, spec: MainBranch) -> Tree:
@@ -303,7 +306,7 @@ def _transform(
                 new[leaf.bias] = placed(bias, old.get(leaf.bias, old[leaf.kernel]))
                 if leaf.new_bias:
                     gained[leaf.bias] = (leaf.kernel, leaf.axis)
-            elif leaf.bias and spare == "fill":
+            elif leaf.bias and spare == "set":
                 new.pop(leaf.bias, None)
         for path, neutral in ((norm.scale, 1), (norm.bias, 0)):
             if path:
@@ -399,8 +402,8 @@ def _read(
             kernel = kernel * gamma
         for step in maps:
             kernel = step(kernel, axis)
-        if spare == "fill":
-            return _with_spare(kernel, bias, axis), None
+        if spare == "set":
+            return set_last(kernel, 0 if bias is None else bias, axis), None
         if spare == "clear":
             return drop_last(kernel, axis), last(kernel, axis)
         return kernel, bias
@@ -422,13 +425,6 @@ def _layer_scale(found: Resolved, flat: dict[str, Array], path: str, axis: int) 
         return None
     scale = found.layer_scales[path]
     return _along(flat[scale], flat[path], axis, scale, f"its writer {path}")
-
-
-def _with_spare(kernel: Array, bias: Array | None, axis: int) -> Array:
-    if bias is None:
-        return append_zero(kernel, axis)
-    numpy = np if xp(kernel) is xp(bias) is np else jnp  # one may be traced and the other not
-    return numpy.concatenate([kernel, bias], axis=axis)
 
 
 def _require_packed(leaf: ReaderLeaf) -> None:

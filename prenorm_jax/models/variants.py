@@ -109,8 +109,10 @@ _FULL_WIDTH = {
 
 
 def _pre_crmsnorm(basis: str, packed: bool) -> Variant:
-    def to_compact(params: Tree, spec: MainBranch) -> Tree:
-        return transforms.strip_affine(transforms.compress(params, spec, basis), spec, layer_scales=True)
+    def compressed(params: Tree, spec: MainBranch, layout: str) -> Tree:
+        return transforms.strip_affine(transforms.compress(params, spec, basis, layout), spec, layer_scales=True)
+
+    to_compact = functools.partial(compressed, layout="compact")
 
     def to_pre_ln(params: Tree, spec: MainBranch) -> Tree:
         return transforms.decompress(params, spec, basis)
@@ -130,7 +132,7 @@ def _pre_crmsnorm(basis: str, packed: bool) -> Variant:
         reader_bias=False,
         write=lambda x: bases.compress_activation(x, basis, layout="packed"),
         read=lambda n: bases.expand_activation(n, basis, layout="packed"),
-        from_pre_ln=lambda params, spec: transforms.pack(to_compact(params, spec), spec),
+        from_pre_ln=functools.partial(compressed, layout="packed"),
         from_native=transforms.pack,
         to_native=to_compact,
         to_pre_ln=to_pre_ln,
