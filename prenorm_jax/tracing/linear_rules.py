@@ -161,7 +161,10 @@ register_rule("gather", shift=_gather_shift, zero=_gather_zero)
 
 
 def _scatter_windows(eqn: Any) -> dict[int, int]:
-    """Operand axis -> update axis, for the axes along which every update covers the operand whole."""
+    """Operand axis -> update axis, for the axes along which every update covers the operand whole. None where a function is applied to
+    what is there, which is a `scatter`, too."""
+    if eqn.primitive.name == "scatter" and eqn.params.get("update_jaxpr") is not None:
+        return {}
     numbers, shape, update = eqn.params["dimension_numbers"], shape_of(eqn.invars[0]), shape_of(eqn.invars[2])
     gone = set(numbers.inserted_window_dims) | set(getattr(numbers, "operand_batching_dims", ()))
     windows = [a for a in range(len(shape)) if a not in gone]

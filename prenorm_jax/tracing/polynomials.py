@@ -21,7 +21,10 @@ Monomial = tuple[int, ...]
 Poly = dict[Monomial, float]
 
 MOST_TERMS, HIGHEST_DEGREE = 200, 8
-TOLERANCE = 2e-6  # 1/n is a float32 literal in some programs
+EXACT = 1e-13
+"""Coefficients that cancel up to this, relatively, are those of exact numbers, such as n and 1/n in float64."""
+ROUNDED = 2e-6
+"""The same where numbers were rounded to float32: there, 1/n is a literal of that width in some programs."""
 
 
 def constant(value: float) -> Poly:
@@ -34,20 +37,20 @@ def symbol(name: int) -> Poly:
     return {(name,): 1.0}
 
 
-def add(left: Poly, right: Poly, sign: float = 1.0) -> Poly:
+def add(left: Poly, right: Poly, sign: float = 1.0, tolerance: float = EXACT) -> Poly:
     """left + sign * right; terms that cancel up to rounding are dropped."""
     total = dict(left)
     for monomial, value in right.items():
         old = total.get(monomial, 0.0)
         new = old + sign * value
-        if abs(new) <= TOLERANCE * max(abs(old), abs(value)):
+        if abs(new) <= tolerance * max(abs(old), abs(value)):
             total.pop(monomial, None)
         else:
             total[monomial] = new
     return total
 
 
-def multiply(left: Poly, right: Poly) -> Poly | None:
+def multiply(left: Poly, right: Poly, tolerance: float = EXACT) -> Poly | None:
     """left * right, or None where it grows beyond what a normalization needs."""
     if len(left) * len(right) > MOST_TERMS:
         return None
@@ -56,12 +59,12 @@ def multiply(left: Poly, right: Poly) -> Poly | None:
         for b, vb in right.items():
             if len(a) + len(b) > HIGHEST_DEGREE:
                 return None
-            total = add(total, {tuple(sorted(a + b)): va * vb})
+            total = add(total, {tuple(sorted(a + b)): va * vb}, tolerance=tolerance)
     return total
 
 
 def total_over_axes(
-    poly: Poly, n: int, varies: Callable[[int], bool], name_sum: Callable[[Monomial], int]
+    poly: Poly, n: int, varies: Callable[[int], bool], name_sum: Callable[[Monomial], int], tolerance: float = EXACT
 ) -> Poly | None:
     """The sum over A, where `varies` tells which other values vary along A; None if it is no polynomial of ours.
 
@@ -83,11 +86,11 @@ def total_over_axes(
             summed, factor = ((M1,) if power == 1 else (M2,)), 1.0
         else:
             return None
-        total = add(total, {tuple(sorted(outside + summed)): value * factor})
+        total = add(total, {tuple(sorted(outside + summed)): value * factor}, tolerance=tolerance)
     return total
 
 
-def change(poly: Poly, n: int) -> Poly | None:
+def change(poly: Poly, n: int, tolerance: float = EXACT) -> Poly | None:
     """What a shift by s adds to the polynomial: {} exactly if it is unchanged. None if too large to say."""
     images: dict[int, Poly] = {
         X: {(X,): 1.0, (S,): 1.0},
@@ -99,12 +102,12 @@ def change(poly: Poly, n: int) -> Poly | None:
         image: Poly = {tuple(m for m in monomial if m >= FIRST): value}
         for m in monomial:
             if m < FIRST:
-                product = multiply(image, images[m])
+                product = multiply(image, images[m], tolerance)
                 if product is None:
                     return None
                 image = product
-        total = add(total, image)
-    return add(total, poly, -1.0)
+        total = add(total, image, tolerance=tolerance)
+    return add(total, poly, -1.0, tolerance)
 
 
 def is_row_shift(difference: Poly, varies: Callable[[int], bool]) -> bool:
@@ -115,9 +118,9 @@ def is_row_shift(difference: Poly, varies: Callable[[int], bool]) -> bool:
     )
 
 
-def is_centered(poly: Poly, n: int) -> bool:
+def is_centered(poly: Poly, n: int, tolerance: float = EXACT) -> bool:
     """Whether the polynomial is x - M1/n, up to a number."""
     scale = poly.get((X,), 0.0)
     if scale == 0.0 or set(poly) != {(X,), (M1,)}:
         return False
-    return abs(poly[(M1,)] * n + scale) <= TOLERANCE * abs(scale)
+    return abs(poly[(M1,)] * n + scale) <= tolerance * abs(scale)

@@ -18,8 +18,8 @@ from prenorm_jax.tracing.normal_form import normalize
 
 @dataclasses.dataclass
 class Arguments:
-    """(params, *inputs) flattened. Arrays are traced; what is no array (and Python numbers among the parameters, such as an
-    Equinox module's dropout rate) is part of the program."""
+    """(params, *inputs) flattened. Arrays are traced, and so are Python numbers among the inputs; what is no array (Python numbers
+    among the parameters, such as an Equinox module's dropout rate, and a flag such as train=True) is part of the program."""
 
     tree: Any
     leaves: list[Any]
@@ -87,7 +87,7 @@ class _Same:
 
 def _is_array(leaf: Any, is_input: bool) -> bool:
     if isinstance(leaf, (bool, int, float, complex)) and not isinstance(leaf, np.generic):
-        return is_input
+        return is_input and not isinstance(leaf, bool)
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
 
