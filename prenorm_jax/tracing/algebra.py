@@ -123,7 +123,7 @@ class Algebra:
     def _operand(self, atom: Any, dims: Dims) -> P.Poly | None:
         number = scalar_value(atom)
         if number is not None:
-            return P.constant(number)
+            return P.constant(P.unrounded(number, self.n))
         if is_var(atom) and atom in self.tracked:
             return self.tracked[atom].poly
         if not is_float(atom):
@@ -134,7 +134,7 @@ class Algebra:
     def _reciprocal(self, atom: Any, dims: Dims) -> P.Poly | None:
         number = scalar_value(atom)
         if number is not None:
-            return P.constant(1.0 / number) if number else None
+            return P.constant(1.0 / P.unrounded(number, self.n)) if number else None
         if is_var(atom) and atom in self.tracked and self.tracked[atom].live():
             return None
         name = self._name(atom, dims, "1/")

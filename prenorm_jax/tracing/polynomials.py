@@ -14,19 +14,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 X, M1, M2, S = range(4)
 FIRST = 8
 
 Monomial = tuple[int, ...]
 Poly = dict[Monomial, float]
 
-MOST_TERMS, HIGHEST_DEGREE = 200, 8
-TOLERANCE = 2e-6  # 1/n is a float32 literal in some programs
+MOST_TERMS, HIGHEST_DEGREE, LARGEST_MULTIPLE = 200, 8, 16
+TOLERANCE = 1e-12
 
 
 def constant(value: float) -> Poly:
     """The polynomial of a number."""
     return {(): value} if value != 0.0 else {}
+
+
+def unrounded(number: float, n: int) -> float:
+    """The small multiple of 1/n (or 1/(n - 1), for an unbiased variance) that a float32 number is the rounding of, or the number itself.
+
+    >>> import numpy as np
+    >>> unrounded(float(np.float32(1 / 3)), 3) == 1 / 3, unrounded(float(np.float32(1.0000001)), 3) == 1.0
+    (True, False)
+    """
+    if float(np.float32(number)) != number:
+        return number
+    for d in (n, n - 1, n * n, n * (n - 1)):
+        exact = round(number * d) / d if d else 0.0
+        small, rounded = 0 < abs(exact * d) <= LARGEST_MULTIPLE, float(np.float32(exact)) != exact
+        if small and rounded and abs(exact - number) <= 2.0**-23 * abs(exact):
+            return exact
+    return number
 
 
 def symbol(name: int) -> Poly:
