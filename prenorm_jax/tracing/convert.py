@@ -103,7 +103,7 @@ def convert(
 
     def prepare(params: Any) -> Any:
         arguments = known.arguments(params, ())
-        return arguments.unflatten(decision.prepared(arguments.arrays))[0]
+        return arguments.unflatten(decision.among(arguments.paths).prepared(arguments.arrays))[0]
 
     return Converted(run, prepare(params), report, prepare)
 
@@ -134,6 +134,6 @@ class _ConvertedFn:
         key = arguments.key
         if key not in self._known:
             traced = trace_program(self._fn, arguments, self._inline_custom)
-            self.remember(arguments, traced, self._decision.rewritten(traced.program))
+            self.remember(arguments, traced, self._decision.among(arguments.paths).rewritten(traced.program))
         run, out_tree = self._known[key]
         return jax.tree.unflatten(out_tree, run(*arguments.arrays))

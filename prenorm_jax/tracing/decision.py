@@ -45,6 +45,33 @@ class Decision:
     folds: tuple[Fold, ...]
     activations: str
 
+    def among(self, paths: Sequence[str]) -> Decision:
+        """The decision for parameters in another structure, such as without a cache: its leaves by name, where they are now. One that
+        is recentered may be missing; the program is proven anew.
+
+        Raises: ConversionError where all of these are missing, or one of a vector and the leaves that it was moved into.
+        """
+        if tuple(paths) == self.paths:
+            return self
+        now = {path: k for k, path in enumerate(paths)}
+        at = {k: now[path] for k, path in enumerate(self.paths) if path in now} | {-1: -1}
+        moved = {k for a in self.absorbed for k in (a.scale, *(t for t, _ in a.targets))}
+        moved |= {k for f in self.folds for k in f.positions()}
+        leaves = tuple((at[k], axes) for k, axes in self.leaves if k in at)
+        missing = moved - set(at) or ({self.leaves[0][0]} if self.leaves and not leaves else set())
+        if missing:
+            raise ConversionError(
+                f"{self.paths[min(missing)]}: was converted, but these parameters have no such leaf (they have "
+                f"{', '.join(paths[:5])}, ...); pass parameters in the structure that was converted, or convert again"
+            )
+        return dataclasses.replace(
+            self,
+            paths=tuple(paths),
+            absorbed=tuple(a.moved(at) for a in self.absorbed),
+            leaves=leaves,
+            folds=tuple(f.moved(at) for f in self.folds),
+        )
+
     def prepared(self, arrays: Sequence[Any]) -> list[Any]:
         """The arguments with the parameters converted; jittable, differentiable, and the same for any dtype."""
         arrays = list(arrays)

@@ -173,7 +173,7 @@ class Explorer:
         if axes is None and name in SUMS_OVER_DEVICES:
             self.summed_over_devices(eqn, i)
         elif axes is None:
-            self.found.fail(f"a mean of it is used in {name} at {where(eqn)}")
+            self.found.fail(f"{self.derived(self.tracked[atom])} is used in {name} at {where(eqn)}")
         elif has_side_effect(eqn) and inside is None:
             self.found.fail(f"it has a side effect in {name} at {where(eqn)}")
         elif inside is not None:
@@ -190,10 +190,14 @@ class Explorer:
         else:
             moved = rule_for(name).shift(eqn, i, axes, self.facts)
             if moved is None:
-                known = "reads its mean" if has_rule(name) or name in KNOWN_READERS else "has no rule"
-                self.found.fail(f"{name} {known} at {where(eqn)}")
+                self.found.fail(f"{reading(eqn, axes)} at {where(eqn)}")
             else:
                 self.found.needs += [(eqn.outvars[j], tuple(axes_j)) for j, axes_j in moved.items()]
+
+    def derived(self, value: Tracked) -> str:
+        """A value that depends on the shift without being merely shifted, in words."""
+        varying = any(m >= P.FIRST and self.algebra.varies(m) for monomial in value.change for m in monomial)
+        return "a product of it with what varies over its features" if varying else "a mean of it"
 
     def summed_over_devices(self, eqn: Any, i: int) -> None:
         """A sum of it goes on to be summed over devices: a mean over features that they share, which no device can drop."""
@@ -204,6 +208,14 @@ class Explorer:
             self.tracked[eqn.outvars[i]] = Tracked(P.symbol(name), value.dims, {})
             self.shared.add(name)
             self.push(eqn.outvars[i])
+
+
+def reading(eqn: Any, axes: Axes) -> str:
+    """How a shift along these axes of an operand is seen in an equation's result, in words."""
+    name = eqn.primitive.name
+    if name == "concatenate" and eqn.params["dimension"] in axes:
+        return "its features are joined with others by concatenate, whose result is read with its mean"
+    return f"{name} reads its mean" if has_rule(name) or name in KNOWN_READERS else f"{name} has no rule"
 
 
 SUMS_OVER_DEVICES = names("psum psum_invariant")

@@ -7,6 +7,7 @@ and the program stops looking at them. Nothing is divided by gamma.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from prenorm_jax.tracing.leaf_views import Alignment, lined_up
@@ -43,6 +44,11 @@ class Fold:
         """All arguments that it changes."""
         biases = {t.bias for t in self.takers} if self.bias >= 0 else set()
         return self.own | {t.kernel for t in self.takers} | biases
+
+    def moved(self, at: Mapping[int, int]) -> Fold:
+        """The same for arguments at other positions."""
+        takers = (dataclasses.replace(t, kernel=at[t.kernel], bias=at[t.bias]) for t in self.takers)
+        return Fold(at[self.scale], at[self.bias], tuple(takers))
 
     def applied(self, arrays: list[Any]) -> list[Any]:
         """The arguments with the affine moved."""

@@ -269,6 +269,7 @@ LIBRARIES = (
     "/equinox/",
     "/penzai/",
     "/prenorm_jax/norms",
+    "/prenorm_jax/tracing/",
     "<frozen",
     "<string",
 )

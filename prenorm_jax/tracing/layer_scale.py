@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from prenorm_jax.tracing.jaxprs import is_var, names, scalar_value, shape_of
@@ -29,6 +30,10 @@ class Absorption:
 
     scale: int
     targets: tuple[tuple[int, Alignment], ...]
+
+    def moved(self, at: Mapping[int, int]) -> Absorption:
+        """The same for arguments at other positions."""
+        return Absorption(at[self.scale], tuple(sorted((at[k], pairs) for k, pairs in self.targets)))
 
     def applied(self, arrays: list[Any]) -> list[Any]:
         """The arguments with the vector moved."""

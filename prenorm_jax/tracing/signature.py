@@ -19,8 +19,8 @@ from prenorm_jax.tracing.normal_form import normalize
 
 @dataclasses.dataclass
 class Arguments:
-    """(params, *inputs) flattened. Arrays are traced; what is no array (and Python numbers among the parameters, such as an
-    Equinox module's dropout rate) is part of the program."""
+    """(params, *inputs) flattened. Arrays are traced, and so are Python numbers among the inputs; what is no array (Python numbers
+    among the parameters, such as an Equinox module's dropout rate, and a flag such as train=True) is part of the program."""
 
     tree: Any
     leaves: list[Any]
@@ -81,37 +81,29 @@ class Arguments:
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """What a conversion knows its parameters by: their paths, numbers of axes and weak types, in their order."""
+    """What a conversion knows its parameters by: for each path the number of axes, and whether it is a weak type."""
 
-    paths: tuple[str, ...]
-    ranks: tuple[int, ...]
-    weak: tuple[bool, ...]
+    known: dict[str, tuple[int, bool]]
 
     @classmethod
     def of(cls, arguments: Arguments) -> Parameters:
-        n = arguments.n_params
-        return cls(tuple(arguments.paths), tuple(map(np.ndim, arguments.arrays[:n])), tuple(arguments.weak[:n]))
+        arrays = zip(arguments.paths, arguments.arrays, arguments.weak, strict=False)
+        return cls({path: (np.ndim(array), weak) for path, array, weak in arrays})
 
     def arguments(self, params: Any, inputs: tuple[Any, ...]) -> Arguments:
-        """The arguments of a later call, whose parameters are of the types that they had at conversion.
+        """The arguments of a later call, whose parameters are of the types that they had at conversion: recentering a leaf that began as
+        a Python number must not make it widen what it meets.
 
-        Raises: ConversionError if they are other ones.
+        Raises: ConversionError if one of them has another number of axes.
         """
         found = Arguments.of(params, inputs)
-        own = Parameters.of(found)
-        for path in sorted(set(own.paths) ^ set(self.paths)):
-            what = (
-                "was a parameter at conversion, and is none now"
-                if path in self.paths
-                else "is no parameter that was there at conversion"
-            )
-            raise ConversionError(f"{path}: {what}; convert for these parameters")
-        for path, rank, before in zip(own.paths, own.ranks, self.ranks, strict=True):
-            if rank != before:
+        for k, (path, array) in enumerate(zip(found.paths, found.arrays, strict=False)):
+            rank, weak = self.known.get(path, (np.ndim(array), found.weak[k]))
+            if np.ndim(array) != rank:
                 raise ConversionError(
-                    f"{path}: has {rank} axes, and had {before} at conversion; convert for these parameters"
+                    f"{path}: has {np.ndim(array)} axes, and had {rank} when it was converted; convert again for these parameters"
                 )
-        found.weak[: len(self.weak)] = self.weak
+            found.weak[k] = weak
         return found
 
 
@@ -141,7 +133,7 @@ def _is_weak(leaf: Any) -> bool:
 
 def _is_array(leaf: Any, is_input: bool) -> bool:
     if isinstance(leaf, (bool, int, float, complex)) and not isinstance(leaf, np.generic):
-        return is_input
+        return is_input and not isinstance(leaf, bool)
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
 

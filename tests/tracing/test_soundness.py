@@ -175,16 +175,20 @@ def test_a_rule_that_is_right_for_positive_inputs_alone():
 # --- what belongs to a call ---
 
 
-def test_another_tree_of_parameters_is_refused():
-    fn = lambda p, x: head(p, x @ p["w"])  # noqa: E731
+def test_another_tree_of_parameters():
+    """Leaves are known by their names, and a stack of them is another thing."""
+    fn = lambda p, x: head(p, x @ p["w"]) + p.get("a", 0.0)  # noqa: E731
     out = convert(fn, small(), normal(B, L, 5))
-    more = {**out.params, "another": normal(D)}
-    for call in (lambda: out.fn(more, normal(B, L, 5)), lambda: out.prepare(more)):
-        with pytest.raises(ConversionError, match="another: is no parameter that was there at conversion"):
+    more = {**out.params, "a": normal(3)[None, None]}
+    wanted = fn({**small(), "a": more["a"]}, normal_input := normal(B, L, 5))
+    assert jnp.allclose(out.fn(more, normal_input), wanted, atol=1e-10)
+    assert jnp.array_equal(out.prepare({**small(), "a": more["a"]})["a"], more["a"])
+    with pytest.raises(ConversionError, match="w: was converted, but these parameters have no such leaf"):
+        out.prepare({"ln": more["ln"]})
+    stack = {**out.params, "w": out.params["w"][None]}
+    for call in (lambda: out.fn(stack, normal(B, L, 5)), lambda: out.prepare(stack)):
+        with pytest.raises(ConversionError, match="w: has 3 axes, and had 2 when it was converted"):
             call()
-    fewer = {k: v for k, v in out.params.items() if k != "ln"}
-    with pytest.raises(ConversionError, match="ln/bias: was a parameter at conversion"):
-        out.fn(fewer, normal(B, L, 5))
 
 
 def test_results_keep_their_type():
