@@ -10,8 +10,6 @@ import dataclasses
 import math
 from typing import Any
 
-import numpy as np
-
 from prenorm_jax.tracing import polynomials as P
 from prenorm_jax.tracing.flow import Flow
 from prenorm_jax.tracing.jaxprs import Axes, is_float, is_var, names, scalar_value, shape_of
@@ -47,7 +45,6 @@ class Algebra:
         self.tracked: dict[Any, Tracked] = {}
         self.names: dict[Any, int] = {}
         self.varying: set[int] = set()
-        self.tolerance = P.EXACT  # of coefficients; wider once a number was met that had been rounded
 
     def varies(self, symbol: int) -> bool:
         return symbol in self.varying
@@ -98,9 +95,9 @@ class Algebra:
             return None
         result: P.Poly | None
         if name in ("mul", "div"):
-            result = P.multiply(left, right, self.tolerance)
+            result = P.multiply(left, right)
         else:
-            result = P.add(left, right, -1.0 if name == "sub" else 1.0, self.tolerance)
+            result = P.add(left, right, -1.0 if name == "sub" else 1.0)
         return None if result is None else (result, dims)
 
     def _common_dims(self, args: list, shape: tuple[int, ...]) -> Dims | None:
@@ -120,13 +117,13 @@ class Algebra:
     def _powered(self, base: P.Poly | None, power: float | None, dims: Dims) -> Term | None:
         if base is None or power not in (1, 2):
             return None
-        result = base if power == 1 else P.multiply(base, base, self.tolerance)
+        result = base if power == 1 else P.multiply(base, base)
         return None if result is None else (result, dims)
 
     def _operand(self, atom: Any, dims: Dims) -> P.Poly | None:
-        number = self._number(atom)
+        number = scalar_value(atom)
         if number is not None:
-            return P.constant(number)
+            return P.constant(P.unrounded(number, self.n))
         if is_var(atom) and atom in self.tracked:
             return self.tracked[atom].poly
         if not is_float(atom):
@@ -134,17 +131,10 @@ class Algebra:
         name = self._name(atom, dims)
         return None if name is None else P.symbol(name)
 
-    def _number(self, atom: Any) -> float | None:
-        """The number that a literal holds."""
-        number = scalar_value(atom)
-        if number is not None and number != round(number) and atom.aval.dtype != np.float64:
-            self.tolerance = P.ROUNDED
-        return number
-
     def _reciprocal(self, atom: Any, dims: Dims) -> P.Poly | None:
-        number = self._number(atom)
+        number = scalar_value(atom)
         if number is not None:
-            return P.constant(1.0 / number) if number else None
+            return P.constant(1.0 / P.unrounded(number, self.n)) if number else None
         if is_var(atom) and atom in self.tracked and self.tracked[atom].live():
             return None
         name = self._name(atom, dims, "1/")
@@ -185,7 +175,7 @@ class Algebra:
         summed = {value.dims[k] for k in wide}
         if summed != set(self.axes) or any(shape_of(atom)[k] != self.shape[value.dims[k]] for k in wide):
             return None
-        poly = P.total_over_axes(value.poly, self.n, self.varies, self.name_sum, self.tolerance)
+        poly = P.total_over_axes(value.poly, self.n, self.varies, self.name_sum)
         left = tuple(a for k, a in enumerate(value.dims) if k not in axes)
         return None if poly is None else (poly, left)
 
@@ -205,7 +195,7 @@ class Algebra:
             return None
         if any(a.dims[k] != b.dims[j] for k, j in zip(ours, theirs, strict=True)):
             return None
-        poly = P.multiply(a.poly, b.poly, self.tolerance)
+        poly = P.multiply(a.poly, b.poly)
         whole = all(d == FREE or shape_of(left)[k] == self.shape[d] for k, d in enumerate(a.dims))
         if poly is None or not whole:
             return None

@@ -18,7 +18,7 @@ from prenorm_jax.tracing.decision import ConversionError, Decision, decide
 from prenorm_jax.tracing.jaxprs import Program
 from prenorm_jax.tracing.plan import POLICIES
 from prenorm_jax.tracing.report import Report, report_of
-from prenorm_jax.tracing.signature import Arguments, Traced, output_paths, trace_program
+from prenorm_jax.tracing.signature import Arguments, Parameters, Traced, output_paths, trace_program
 from prenorm_jax.tracing.verify import TOLERANCE, difference
 
 
@@ -97,11 +97,12 @@ def convert(
         raise ConversionError(f"no LayerNorm was converted; partial=True accepts that\n{report}")
     if verify:
         report = dataclasses.replace(report, error=_verified(traced, program, arguments, decision))
-    run = _ConvertedFn(fn, decision, inline_custom)
+    known = Parameters.of(arguments)
+    run = _ConvertedFn(fn, decision, known, inline_custom)
     run.remember(arguments, traced, program)
 
     def prepare(params: Any) -> Any:
-        arguments = Arguments.of(params, ())
+        arguments = known.arguments(params, ())
         return arguments.unflatten(decision.among(arguments.paths).prepared(arguments.arrays))[0]
 
     return Converted(run, prepare(params), report, prepare)
@@ -121,15 +122,15 @@ def _verified(traced: Traced, program: Program, arguments: Arguments, decision: 
 class _ConvertedFn:
     """The converted function: traced, proven and rewritten once for each structure and shape of its arguments."""
 
-    def __init__(self, fn: Callable[..., Any], decision: Decision, inline_custom: bool):
-        self._fn, self._decision, self._inline_custom = fn, decision, inline_custom
+    def __init__(self, fn: Callable[..., Any], decision: Decision, parameters: Parameters, inline_custom: bool):
+        self._fn, self._decision, self._parameters, self._inline_custom = fn, decision, parameters, inline_custom
         self._known: dict[Any, tuple[Callable[..., list[Any]], Any]] = {}
 
     def remember(self, arguments: Arguments, traced: Traced, program: Program) -> None:
         self._known[arguments.key] = (jax.jit(program.__call__), traced.out_tree)
 
     def __call__(self, params: Any, *inputs: Any) -> Any:
-        arguments = Arguments.of(params, inputs)
+        arguments = self._parameters.arguments(params, inputs)
         key = arguments.key
         if key not in self._known:
             traced = trace_program(self._fn, arguments, self._inline_custom)

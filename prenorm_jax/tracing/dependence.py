@@ -64,7 +64,7 @@ class Explorer:
 
     def track(self, var: Any, value: Tracked) -> None:
         self.tracked[var] = value
-        if P.is_centered(value.poly, self.algebra.n, self.algebra.tolerance):
+        if P.is_centered(value.poly, self.algebra.n):
             axes = self.algebra.axes_in(var, value.dims)
             self.found.centered += [(var, axes)] if axes is not None else []
         if not value.live():
@@ -141,7 +141,7 @@ class Explorer:
 
     def follow(self, eqn: Any, result: tuple[P.Poly, Dims]) -> None:
         poly, dims = result
-        change = P.change(poly, self.algebra.n, self.algebra.tolerance)
+        change = P.change(poly, self.algebra.n)
         out = eqn.outvars[0]
         if change is None:
             self.found.fail(f"its use grows too large to follow at {where(eqn)}")

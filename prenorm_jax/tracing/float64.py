@@ -21,9 +21,11 @@ from prenorm_jax.tracing.jaxprs import (
     Varying,
     bind,
     is_float,
+    is_ref,
     is_var,
     names,
     open_program,
+    platform_branch,
     scan_counts,
 )
 
@@ -36,7 +38,7 @@ _WIDENED = names(
     "expand_dims stack unstack broadcast_to reshard layout_constraint relayout pvary tan asin acos atan atan2 sinh cosh asinh acosh "
     "atanh rem floor ceil round lgamma digamma log2 top_k argmax argmin scatter-sub scatter-mul scatter-min scatter-max "
     "reduce_window_sum reduce_window_max reduce_window_min psum psum_invariant pmin pmax ppermute pbroadcast preduced all_gather "
-    "all_gather_invariant reduce_scatter all_to_all"
+    "all_gather_invariant reduce_scatter all_to_all new_ref get swap addupdate freeze"
 )
 
 
@@ -53,6 +55,8 @@ def _as_traced(value: Any, aval: Any) -> Any:
 
 
 def _wide(value: Any) -> Any:
+    if hasattr(value, "aval") and is_ref(value):
+        return value
     dtype = getattr(value, "dtype", None)
     if dtype is None:
         value = np.asarray(value)
@@ -79,6 +83,8 @@ def _run(jaxpr: Any, consts: list, args: list) -> list:
     last_use = {a: k for k, e in enumerate(jaxpr.eqns) for a in e.invars if is_var(a)}
     kept = {a for a in jaxpr.outvars if is_var(a)}
     for k, eqn in enumerate(jaxpr.eqns):
+        if not eqn.outvars and not any(map(is_ref, eqn.invars)):
+            continue  # a print or a check: it is for the program's own runs
         env.update(zip(eqn.outvars, _equation(eqn, [read(a) for a in eqn.invars]), strict=True))
         for a in (*eqn.invars, *eqn.outvars):
             if is_var(a) and a not in kept and last_use.get(a, k) == k:
@@ -107,7 +113,7 @@ def _equation(eqn: Any, args: list) -> list:
 def _agreed(args: list, eqn: Any) -> list:
     """Widened operands beside ones that are not floats stay as they are; index operands are never floats."""
     return [
-        jax.lax.convert_element_type(a, jnp.float64) if is_float(v) else a
+        jax.lax.convert_element_type(a, jnp.float64) if is_float(v) and not is_ref(v) else a
         for a, v in zip(args, eqn.invars, strict=True)
     ]
 
@@ -146,6 +152,9 @@ def _while(eqn: Any, args: list) -> list:
 
 def _cond(eqn: Any, args: list) -> list:
     branches = [open_program(b)[0] for b in eqn.params["branches"]]
+    here = platform_branch(eqn)
+    if here is not None:
+        return _run(branches[here], [], args[1:])
     runs = [lambda *a, b=b: tuple(map(_strong, _run(b, [], list(a)))) for b in branches]
     return list(jax.lax.switch(jnp.asarray(args[0], jnp.int32), runs, *args[1:]))
 

@@ -15,6 +15,7 @@ from jax.extend import core as jex
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call"})
 CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
+DRAWS = frozenset({"rng_uniform", "infeed"})  # without operands that determine them: neither merged nor constant
 Axes = tuple[int, ...]
 
 
@@ -161,6 +162,21 @@ def custom_name(eqn: Any) -> str:
 def has_side_effect(eqn: Any) -> bool:
     """Whether running an equation is seen elsewhere; that it names a mesh axis is no such effect."""
     return any(type(e).__name__ != "NamedAxisEffect" for e in eqn.effects)
+
+
+def is_ref(atom: Any) -> bool:
+    """Whether an operand is a mutable array."""
+    return hasattr(atom.aval, "inner_aval")
+
+
+def platform_branch(eqn: Any) -> int | None:
+    """Which branch of a cond over platforms runs here; None for any other cond."""
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        return None
+    here = {jax.default_backend(), jax.devices()[0].client.platform}
+    here |= {"cuda", "rocm"} if "gpu" in here else set()
+    return next(k for k, own in enumerate(platforms) if own is None or not here.isdisjoint(own))
 
 
 def close_like(old: Any, jaxpr: Any) -> Any:

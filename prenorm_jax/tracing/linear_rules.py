@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from prenorm_jax.tracing.jaxprs import Axes, is_float, shape_of
+from prenorm_jax.tracing.jaxprs import Axes, is_float, open_program, shape_of
 from prenorm_jax.tracing.rules import Facts, register_rule
 
 
@@ -161,15 +161,22 @@ register_rule("gather", shift=_gather_shift, zero=_gather_zero)
 
 
 def _scatter_windows(eqn: Any) -> dict[int, int]:
-    """Operand axis -> update axis, for the axes along which every update covers the operand whole. None where a function is applied to
-    what is there, which is a `scatter`, too."""
-    if eqn.primitive.name == "scatter" and eqn.params.get("update_jaxpr") is not None:
+    """Operand axis -> update axis, for the axes along which every update covers the operand whole."""
+    if eqn.primitive.name == "scatter" and not _overwrites(eqn.params.get("update_jaxpr")):
         return {}
     numbers, shape, update = eqn.params["dimension_numbers"], shape_of(eqn.invars[0]), shape_of(eqn.invars[2])
     gone = set(numbers.inserted_window_dims) | set(getattr(numbers, "operand_batching_dims", ()))
     windows = [a for a in range(len(shape)) if a not in gone]
     pairs = zip(windows, numbers.update_window_dims, strict=True)
     return {a: up for a, up in pairs if update[up] == shape[a]}
+
+
+def _overwrites(update: Any) -> bool:
+    """Whether a scatter's update takes the old value's place; `x.at[i].apply(f)` puts f(old) there."""
+    if update is None:
+        return True
+    jaxpr, _ = open_program(update)
+    return not jaxpr.eqns and jaxpr.outvars[0] is jaxpr.invars[1]
 
 
 def _scatter_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:

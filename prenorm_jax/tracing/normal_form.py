@@ -20,6 +20,7 @@ from jax.extend import core as jex
 
 from prenorm_jax.tracing.jaxprs import (
     CUSTOM,
+    DRAWS,
     INLINED,
     Program,
     Varying,
@@ -118,7 +119,7 @@ class _Normalizer:
     def _eqn(self, eqn: Any, args: list, eqns: list, seen: dict, scope: str) -> list:
         params = {k: self._param(v) for k, v in eqn.params.items()}
         key = None
-        if not eqn.effects and not bodies_in(eqn.params):
+        if not eqn.effects and not bodies_in(eqn.params) and eqn.primitive.name not in DRAWS:
             key = (eqn.primitive, tuple(_key(a) for a in args), _params_key(eqn.params), tuple(map(str, _avals(eqn))))
             if key in seen:
                 return seen[key]

@@ -14,17 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 X, M1, M2, S = range(4)
 FIRST = 8
 
 Monomial = tuple[int, ...]
 Poly = dict[Monomial, float]
 
-MOST_TERMS, HIGHEST_DEGREE = 200, 8
-EXACT = 1e-13
-"""Coefficients that cancel up to this, relatively, are those of exact numbers, such as n and 1/n in float64."""
-ROUNDED = 2e-6
-"""The same where numbers were rounded to float32: there, 1/n is a literal of that width in some programs."""
+MOST_TERMS, HIGHEST_DEGREE, LARGEST_MULTIPLE = 200, 8, 16
+TOLERANCE = 1e-12
 
 
 def constant(value: float) -> Poly:
@@ -32,25 +31,42 @@ def constant(value: float) -> Poly:
     return {(): value} if value != 0.0 else {}
 
 
+def unrounded(number: float, n: int) -> float:
+    """The small multiple of 1/n (or 1/(n - 1), for an unbiased variance) that a float32 number is the rounding of, or the number itself.
+
+    >>> import numpy as np
+    >>> unrounded(float(np.float32(1 / 3)), 3) == 1 / 3, unrounded(float(np.float32(1.0000001)), 3) == 1.0
+    (True, False)
+    """
+    if float(np.float32(number)) != number:
+        return number
+    for d in (n, n - 1, n * n, n * (n - 1)):
+        exact = round(number * d) / d if d else 0.0
+        small, rounded = 0 < abs(exact * d) <= LARGEST_MULTIPLE, float(np.float32(exact)) != exact
+        if small and rounded and abs(exact - number) <= 2.0**-23 * abs(exact):
+            return exact
+    return number
+
+
 def symbol(name: int) -> Poly:
     """The polynomial of one symbol."""
     return {(name,): 1.0}
 
 
-def add(left: Poly, right: Poly, sign: float = 1.0, tolerance: float = EXACT) -> Poly:
+def add(left: Poly, right: Poly, sign: float = 1.0) -> Poly:
     """left + sign * right; terms that cancel up to rounding are dropped."""
     total = dict(left)
     for monomial, value in right.items():
         old = total.get(monomial, 0.0)
         new = old + sign * value
-        if abs(new) <= tolerance * max(abs(old), abs(value)):
+        if abs(new) <= TOLERANCE * max(abs(old), abs(value)):
             total.pop(monomial, None)
         else:
             total[monomial] = new
     return total
 
 
-def multiply(left: Poly, right: Poly, tolerance: float = EXACT) -> Poly | None:
+def multiply(left: Poly, right: Poly) -> Poly | None:
     """left * right, or None where it grows beyond what a normalization needs."""
     if len(left) * len(right) > MOST_TERMS:
         return None
@@ -59,12 +75,12 @@ def multiply(left: Poly, right: Poly, tolerance: float = EXACT) -> Poly | None:
         for b, vb in right.items():
             if len(a) + len(b) > HIGHEST_DEGREE:
                 return None
-            total = add(total, {tuple(sorted(a + b)): va * vb}, tolerance=tolerance)
+            total = add(total, {tuple(sorted(a + b)): va * vb})
     return total
 
 
 def total_over_axes(
-    poly: Poly, n: int, varies: Callable[[int], bool], name_sum: Callable[[Monomial], int], tolerance: float = EXACT
+    poly: Poly, n: int, varies: Callable[[int], bool], name_sum: Callable[[Monomial], int]
 ) -> Poly | None:
     """The sum over A, where `varies` tells which other values vary along A; None if it is no polynomial of ours.
 
@@ -86,11 +102,11 @@ def total_over_axes(
             summed, factor = ((M1,) if power == 1 else (M2,)), 1.0
         else:
             return None
-        total = add(total, {tuple(sorted(outside + summed)): value * factor}, tolerance=tolerance)
+        total = add(total, {tuple(sorted(outside + summed)): value * factor})
     return total
 
 
-def change(poly: Poly, n: int, tolerance: float = EXACT) -> Poly | None:
+def change(poly: Poly, n: int) -> Poly | None:
     """What a shift by s adds to the polynomial: {} exactly if it is unchanged. None if too large to say."""
     images: dict[int, Poly] = {
         X: {(X,): 1.0, (S,): 1.0},
@@ -102,12 +118,12 @@ def change(poly: Poly, n: int, tolerance: float = EXACT) -> Poly | None:
         image: Poly = {tuple(m for m in monomial if m >= FIRST): value}
         for m in monomial:
             if m < FIRST:
-                product = multiply(image, images[m], tolerance)
+                product = multiply(image, images[m])
                 if product is None:
                     return None
                 image = product
-        total = add(total, image, tolerance=tolerance)
-    return add(total, poly, -1.0, tolerance)
+        total = add(total, image)
+    return add(total, poly, -1.0)
 
 
 def is_row_shift(difference: Poly, varies: Callable[[int], bool]) -> bool:
@@ -118,9 +134,9 @@ def is_row_shift(difference: Poly, varies: Callable[[int], bool]) -> bool:
     )
 
 
-def is_centered(poly: Poly, n: int, tolerance: float = EXACT) -> bool:
+def is_centered(poly: Poly, n: int) -> bool:
     """Whether the polynomial is x - M1/n, up to a number."""
     scale = poly.get((X,), 0.0)
     if scale == 0.0 or set(poly) != {(X,), (M1,)}:
         return False
-    return abs(poly[(M1,)] * n + scale) <= tolerance * abs(scale)
+    return abs(poly[(M1,)] * n + scale) <= TOLERANCE * abs(scale)

@@ -12,6 +12,7 @@ import numpy as np
 
 from prenorm_jax.paths import leaves as paths_of
 from prenorm_jax.tracing.custom_rules import enters
+from prenorm_jax.tracing.decision import ConversionError
 from prenorm_jax.tracing.jaxprs import Program
 from prenorm_jax.tracing.normal_form import normalize
 
@@ -26,6 +27,7 @@ class Arguments:
     is_array: list[bool]
     n_params: int  # arrays among the parameters; they come first
     paths: list[str]  # of those
+    weak: list[bool]  # arrays that began as Python numbers, and widen nothing
 
     @classmethod
     def of(cls, params: Any, inputs: tuple[Any, ...]) -> Arguments:
@@ -36,7 +38,8 @@ class Arguments:
             names = [jax.tree_util.keystr(path) for path, _ in keys]
         is_array = [_is_array(leaf, k >= len(names)) for k, leaf in enumerate(leaves)]
         paths = [name for name, array in zip(names, is_array[: len(names)], strict=True) if array]
-        return cls(tree, leaves, is_array, len(paths), paths)
+        weak = [_is_weak(leaf) for leaf, array in zip(leaves, is_array, strict=True) if array]
+        return cls(tree, leaves, is_array, len(paths), paths, weak)
 
     @property
     def arrays(self) -> list[Any]:
@@ -45,10 +48,20 @@ class Arguments:
     @property
     def key(self) -> Any:
         """What a trace depends on."""
-        avals = tuple((np.shape(a), str(jnp.result_type(a)), bool(getattr(a, "weak_type", False))) for a in self.arrays)
+        avals = tuple(
+            (np.shape(a), str(jnp.result_type(a)), weak) for a, weak in zip(self.arrays, self.weak, strict=True)
+        )
         statics = tuple(_Same(leaf) for leaf, array in zip(self.leaves, self.is_array, strict=True) if not array)
         config = (jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
         return (self.tree, avals, statics, config)
+
+    @property
+    def avals(self) -> list[Any]:
+        """The arrays, or their types where these are to be other ones."""
+        return [
+            a if _is_weak(a) == weak else jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a), weak_type=weak)
+            for a, weak in zip(self.arrays, self.weak, strict=True)
+        ]
 
     def unflatten(self, arrays: list[Any]) -> tuple[Any, tuple[Any, ...]]:
         """(params, inputs) with other arrays."""
@@ -64,6 +77,34 @@ class Arguments:
     def concrete(self) -> bool:
         """Whether every array has a value."""
         return not any(isinstance(a, (jax.core.Tracer, jax.ShapeDtypeStruct)) for a in self.arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """What a conversion knows its parameters by: for each path the number of axes, and whether it is a weak type."""
+
+    known: dict[str, tuple[int, bool]]
+
+    @classmethod
+    def of(cls, arguments: Arguments) -> Parameters:
+        arrays = zip(arguments.paths, arguments.arrays, arguments.weak, strict=False)
+        return cls({path: (np.ndim(array), weak) for path, array, weak in arrays})
+
+    def arguments(self, params: Any, inputs: tuple[Any, ...]) -> Arguments:
+        """The arguments of a later call, whose parameters are of the types that they had at conversion: recentering a leaf that began as
+        a Python number must not make it widen what it meets.
+
+        Raises: ConversionError if one of them has another number of axes.
+        """
+        found = Arguments.of(params, inputs)
+        for k, (path, array) in enumerate(zip(found.paths, found.arrays, strict=False)):
+            rank, weak = self.known.get(path, (np.ndim(array), found.weak[k]))
+            if np.ndim(array) != rank:
+                raise ConversionError(
+                    f"{path}: has {np.ndim(array)} axes, and had {rank} when it was converted; convert again for these parameters"
+                )
+            found.weak[k] = weak
+        return found
 
 
 class _Same:
@@ -83,6 +124,11 @@ class _Same:
             and isinstance(self.value, (bool, int, float, str))
             and self.value == other.value
         )
+
+
+def _is_weak(leaf: Any) -> bool:
+    number = isinstance(leaf, (bool, int, float, complex)) and not isinstance(leaf, np.generic)
+    return number or bool(getattr(leaf, "weak_type", False))
 
 
 def _is_array(leaf: Any, is_input: bool) -> bool:
@@ -109,7 +155,7 @@ def trace_program(fn: Callable[..., Any], arguments: Arguments, inline_custom: b
         structures.append(tree)
         return outs
 
-    closed = jax.make_jaxpr(flat)(*arguments.arrays)
+    closed = jax.make_jaxpr(flat)(*arguments.avals)
     return Traced(normalize(closed, (lambda eqn: True) if inline_custom else enters), structures[-1])
 
 

@@ -17,10 +17,11 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
 import numpy as np
 
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import CUSTOM, Axes, custom_name, is_float, is_var, shape_of, where
+from prenorm_jax.tracing.jaxprs import CUSTOM, DRAWS, Axes, custom_name, is_float, is_var, shape_of, where
 from prenorm_jax.tracing.rules import has_rule, rule_for
 from prenorm_jax.tracing.shift import Node, Shifts
 
@@ -72,7 +73,10 @@ class ZeroMean:
         self.eqns = {id(e): e for b in flow.bodies for e in b.jaxpr.eqns}
         self._needs: dict[Node, list[Need] | None] = {}
         self._constant: dict[Any, bool] = {}
-        self._values = flow.program.constants
+        known = flow.program.constants.items()
+        self._values = {
+            v: c for v, c in known if not isinstance(c, jax.core.Tracer)
+        }  # under an outer trace some have no numbers
 
     # -- structure --
 
@@ -168,7 +172,7 @@ class ZeroMean:
             eqn, _ = self.flow.definer[v]
             inputs = [a for a in eqn.invars if is_var(a)]
             waiting = [a for a in inputs if a not in self._constant]
-            if eqn.effects or any(self._constant.get(a) is False for a in inputs):
+            if eqn.effects or eqn.primitive.name in DRAWS or any(self._constant.get(a) is False for a in inputs):
                 self._constant[v] = False
             elif waiting:
                 stack += waiting
