@@ -47,17 +47,43 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((*layers, outputs), jnp.dtype(dtype))) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = self.product(x)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None]
+        return self.biased(x @ self.matrix(x.dtype))
 
-    def product(self, x: Array) -> Array:
-        """Without the bias."""
+    def matrix(self, dtype: Any) -> Array:
+        """The kernel as it multiplies an x of this dtype."""
         # Behind a barrier the cast (and the weight map before it) stays out of the product, whose kernel then takes bias and residual.
-        return x @ jax.lax.optimization_barrier(self.kernel[...].astype(x.dtype))
+        return jax.lax.optimization_barrier(self.kernel[...].astype(dtype))
+
+    def biased(self, y: Array) -> Array:
+        """A product, with the bias."""
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None]
 
     def apart(self, x: Array) -> tuple[Array, Array | None]:
         """The product, and the bias that is to be added to it."""
-        return self.product(x), None if self.bias is None else self.bias[...]
+        return x @ self.matrix(x.dtype), None if self.bias is None else self.bias[...]
+
+
+@jax.custom_vjp
+def products(x: Array, matrices: tuple[Array, ...]) -> tuple[Array, ...]:
+    """x @ W for several W (inputs, outputs): (N, inputs) -> (N, outputs) each.
+
+    The gradient of x is a sum of products, each of which adds what was there before: XLA takes an addition into the product that stands
+    first in it, and the derivative as JAX writes it has that the other way round.
+    """
+    return tuple(x @ matrix for matrix in matrices)
+
+
+def _products_backward(
+    kept: tuple[Array, tuple[Array, ...]], dys: tuple[Array, ...]
+) -> tuple[Array, tuple[Array, ...]]:
+    x, matrices = kept
+    dx = dys[0] @ matrices[0].T
+    for dy, matrix in zip(dys[1:], matrices[1:], strict=True):
+        dx = dy @ matrix.T + dx
+    return dx, tuple(x.T @ dy for dy in dys)
+
+
+products.defvjp(lambda x, matrices: (products(x, matrices), (x, matrices)), _products_backward)
 
 
 class Table(nnx.Module):
@@ -159,9 +185,11 @@ class Attention(nnx.Module):
 
         Of each sequence the first `length` tokens are seen, or all of them.
         """
+        readers = (self.query, self.key, self.value)
+        read = products(n, tuple(reader.matrix(n.dtype) for reader in readers))
         q, k, v = (
-            f(n).reshape(batch, -1, self.heads, f.kernel.shape[-1] // self.heads)
-            for f in (self.query, self.key, self.value)
+            reader.biased(y).reshape(batch, -1, self.heads, y.shape[-1] // self.heads)
+            for reader, y in zip(readers, read, strict=True)
         )
         if cache is None:
             y = attend(q, k, v, causal=self.causal, length=length, implementation=self.implementation)
@@ -318,6 +346,19 @@ def blocks(config: Transformer, variant: Variant, *, causal: bool, rngs: nnx.Rng
     return nnx.List([block() for _ in range(config.depth)])
 
 
+@jax.custom_vjp
+def unstacked(tree: Any) -> list[Any]:
+    """A tree of stacked leaves (depth, ...) as one tree a layer. Its derivative puts the layers' gradients together in one array, where
+    that of an index would add up arrays of all layers."""
+    depth = jax.tree.leaves(tree)[0].shape[0]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(depth)]
+
+
+unstacked.defvjp(
+    lambda tree: (unstacked(tree), None), lambda _, layers: (jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers),)
+)
+
+
 def run(
     blocks: Blocks,
     x: Array,
@@ -327,6 +368,7 @@ def run(
     *,
     length: int | None = None,
     remat: bool = False,
+    unroll: bool = False,
 ) -> tuple[Array, Array, Any]:
     """Runs all blocks on the main branch x (N, R).
 
@@ -334,6 +376,7 @@ def run(
       cache: {"key", "value"} of (depth, B, T, H, K), or None; `position` is where in T these tokens begin.
       length: how many tokens of each sequence attention sees, from the first on; None: all.
       remat: whether the backward pass recomputes each block.
+      unroll: whether stacked blocks run one by one, not in one loop.
 
     Returns: the main branch after the last block (N, R), before and after every block (depth + 1, N, R), and the new cache.
     """
@@ -344,7 +387,7 @@ def run(
         return nnx.merge(graph, state)(x, written, batch, cache, position, length)
 
     step = jax.checkpoint(step) if remat else step
-    if isinstance(blocks, Block):
+    if isinstance(blocks, Block) and not unroll:
         graph, state = nnx.split(blocks)
 
         def scanned(x: Array, layer: tuple[Any, Any]) -> tuple[Array, tuple[Array, Any]]:
@@ -354,9 +397,13 @@ def run(
         last, (states, cache) = jax.lax.scan(scanned, x, (state, cache))
         return last, jnp.concatenate([states, last[None]]), cache
 
+    if isinstance(blocks, Block):
+        graph, state = nnx.split(blocks)
+        layers = [(graph, layer) for layer in unstacked(state)]
+    else:
+        layers = [nnx.split(block) for block in blocks]
     states, caches, written = [], [], NOTHING
-    for index, block in enumerate(blocks):
-        graph, state = nnx.split(block)
+    for index, (graph, state) in enumerate(layers):  # noqa: B007
         before, x, written, layer_cache = step(x, written, (state, jax.tree.map(lambda leaf, i=index: leaf[i], cache)))
         states.append(before)
         caches.append(layer_cache)
