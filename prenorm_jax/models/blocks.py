@@ -346,6 +346,17 @@ def blocks(config: Transformer, variant: Variant, *, causal: bool, rngs: nnx.Rng
     return nnx.List([block() for _ in range(config.depth)])
 
 
+def _narrow_matrices(state: Any, dtype: Any) -> Any:
+    """Stacked parameters with their matrices as they multiply an x of this dtype: one kernel each, where a layer's each would be one a
+    layer. Behind a barrier XLA does not pull it into them again."""
+
+    def narrow(path: Any, leaf: Array) -> Array:
+        is_matrix = any(getattr(key, "key", None) == "kernel" for key in path)
+        return jax.lax.optimization_barrier(leaf.astype(dtype)) if is_matrix else leaf
+
+    return jax.tree_util.tree_map_with_path(narrow, state)
+
+
 @jax.custom_vjp
 def unstacked(tree: Any) -> list[Any]:
     """A tree of stacked leaves (depth, ...) as one tree a layer. Its derivative puts the layers' gradients together in one array, where
@@ -399,7 +410,7 @@ def run(
 
     if isinstance(blocks, Block):
         graph, state = nnx.split(blocks)
-        layers = [(graph, layer) for layer in unstacked(state)]
+        layers = [(graph, layer) for layer in unstacked(_narrow_matrices(state, x.dtype))]
     else:
         layers = [nnx.split(block) for block in blocks]
     states, caches, written = [], [], NOTHING

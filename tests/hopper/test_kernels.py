@@ -1,4 +1,4 @@
-"""The kernels of norms and of the cross entropy, in Pallas's interpreter; tests/accelerator/check_kernels.py runs the real ones on a GPU."""
+"""The kernels of norms and of the cross entropy, in Pallas's interpreter; on a GPU, accelerator/check_kernels.py runs the real ones."""
 
 import functools
 
