@@ -8,6 +8,7 @@ from libraries import LIBRARIES
 TOLERANCE = 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_cell(library, architecture):
