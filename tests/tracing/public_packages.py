@@ -1,7 +1,12 @@
 """Public JAX models of many authors, as released on PyPI, through `convert`: the second table in docs/tracing.md.
 
-Each row names its package; `pip install --no-deps PACKAGE==VERSION` into an environment with jax, flax, equinox, haiku and einops runs
-it. Widths are small and parameters random; the programs are the released ones. Rows whose package is not installed are left out.
+Each row names its package. Widths are small and parameters random; the programs are the released ones. Rows whose package is not installed
+are left out; an environment that has them all, as of jax 0.10.2 (old releases pin old versions of jax, hence --no-deps):
+
+    pip install jax==0.10.2 flax==0.12.8 equinox dm-haiku einops transformers==4.52.4
+    pip install immutabledict typeguard lark clu tensorflow Pillow torch torchvision
+    pip install --no-deps nanodl jvt image-classification-jax nano-moe-jax transformer-in-transformer-flax kauldron palm-jax mlp-gpt-jax \\
+        eqxvision foundax jimmy-vision jaxnn vitax penzai
 """
 
 import importlib.metadata
@@ -262,8 +267,6 @@ if __name__ == "__main__":
         try:
             fn, params, inputs = make()
             jax.eval_shape(fn, params, *inputs)
-        except ImportError:  # what it needs itself is not installed
-            continue
         except Exception as error:  # a released model that does not run on this JAX
             if len(sys.argv) > 1:
                 traceback.print_exc()
