@@ -91,12 +91,12 @@ def _wide(array: Any, rng: np.random.Generator | None) -> Any:
 
 def _tells(outputs: Leaves) -> bool:
     """Whether there is anything to compare."""
-    floats = [a for a in outputs if jax.numpy.issubdtype(a.dtype, np.floating) and a.size]
+    floats = [a for a in outputs if jax.numpy.issubdtype(a.dtype, np.inexact) and a.size]
     return not floats or any(bool(np.isfinite(np.asarray(a)).any()) for a in floats)
 
 
 def _largest(output: Any) -> float:
-    if not jax.numpy.issubdtype(output.dtype, np.floating):
+    if not jax.numpy.issubdtype(output.dtype, np.inexact):
         return 0.0
     array = np.asarray(output)
     return float(np.max(np.abs(array[np.isfinite(array)]), initial=0.0))
@@ -106,7 +106,7 @@ def _distance(expected: Any, found: Any, floor: float) -> float:
     if jax.dtypes.issubdtype(expected.dtype, jax.dtypes.extended) or not expected.size:
         return 0.0
     a, b = np.asarray(expected), np.asarray(found)
-    if not np.issubdtype(a.dtype, np.floating):
+    if not np.issubdtype(a.dtype, np.inexact):
         return float(np.mean(a != b))
     finite = np.isfinite(a)
     if not np.array_equal(finite, np.isfinite(b)):
