@@ -50,7 +50,8 @@ class _Rewriter(Emitter):
         for var, all_axes in self.constants.items():
             value = self.evaluated(var)
             for axes in all_axes:
-                value = value - value.mean(axes, keepdims=True)
+                with np.errstate(invalid="ignore"):  # a row with an infinity is none, recentered or not
+                    value = value - value.mean(axes, keepdims=True)
             new = jex.Var(var.aval)
             extra[new] = value  # in float64: the program rounds it, its verification does not
             self.env[var] = new

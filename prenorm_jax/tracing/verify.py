@@ -27,6 +27,9 @@ zero but for rounding, and rounding is not reproduced."""
 MOST_COMPILED = 1500
 """Programs of up to so many equations are compiled for the check; larger ones, mostly one layer many times, are run one by one."""
 
+MOST_AT_ONCE = 1 << 20
+"""Parameters of up to so many entries are converted within the compiled check; more are one leaf at a time, so that they are held once."""
+
 Leaves = list[Any]
 
 
@@ -42,21 +45,28 @@ def difference(
       prepare: the conversion of the parameters, on float64 arrays.
       seed: of the random parameters.
     """
-    rng = np.random.default_rng(seed)
     worst = (0.0, 0)
 
     def run_before(wide: Leaves) -> Leaves:
         return evaluate64(before, wide)
 
     def run_after(wide: Leaves) -> Leaves:
-        return evaluate64(after, prepare(wide))
+        return evaluate64(after, wide)
 
+    def widened(randomized: bool) -> Leaves:
+        rng = np.random.default_rng(seed)
+        return [_wide(a, rng if randomized and k < n_params else None) for k, a in enumerate(arrays)]
+
+    prepare_alone = prepare
     if len(before.jaxpr.eqns) <= MOST_COMPILED:
+        if sum(map(np.size, arrays[:n_params])) <= MOST_AT_ONCE:
+            run_after, prepare_alone = (lambda wide: evaluate64(after, prepare(wide))), (lambda wide: wide)
         run_before, run_after = jax.jit(run_before), jax.jit(run_after)
     with jax.enable_x64(True):
         for randomized in (False, True):
-            wide = [_wide(a, rng if randomized and k < n_params else None) for k, a in enumerate(arrays)]
-            expected, found = run_before(wide), run_after(wide)
+            # Made anew for each of the two, and named by nobody, so that one set of parameters is held at a time.
+            expected = run_before(widened(randomized))
+            found = run_after(prepare_alone(widened(randomized)))
             if not randomized and not _tells(expected):
                 raise ConversionError(
                     "no output is finite for these inputs and parameters, so there is nothing to verify; verify=False skips it"
@@ -72,22 +82,21 @@ def _wide(array: Any, rng: np.random.Generator | None) -> Any:
         return array
     wide = np.asarray(array).astype(np.float64)
     if rng is None:
-        return wide
+        return jax.numpy.asarray(wide)
     finite = np.isfinite(wide)  # what is not, in a mask, stays
     scale = float(np.sqrt(np.mean(wide[finite] ** 2))) if finite.any() else 0.0
-    return np.where(finite, wide, 0.0) + np.where(
-        finite, (scale or 0.05) * (0.4 * rng.standard_normal(wide.shape) + 0.2), wide
-    )
+    moved = wide + (scale or 0.05) * (0.4 * rng.standard_normal(wide.shape) + 0.2)
+    return jax.numpy.asarray(np.where(finite, moved, wide))
 
 
 def _tells(outputs: Leaves) -> bool:
     """Whether there is anything to compare."""
-    floats = [a for a in outputs if jax.numpy.issubdtype(a.dtype, np.floating) and a.size]
+    floats = [a for a in outputs if jax.numpy.issubdtype(a.dtype, np.inexact) and a.size]
     return not floats or any(bool(np.isfinite(np.asarray(a)).any()) for a in floats)
 
 
 def _largest(output: Any) -> float:
-    if not jax.numpy.issubdtype(output.dtype, np.floating):
+    if not jax.numpy.issubdtype(output.dtype, np.inexact):
         return 0.0
     array = np.asarray(output)
     return float(np.max(np.abs(array[np.isfinite(array)]), initial=0.0))
@@ -97,7 +106,7 @@ def _distance(expected: Any, found: Any, floor: float) -> float:
     if jax.dtypes.issubdtype(expected.dtype, jax.dtypes.extended) or not expected.size:
         return 0.0
     a, b = np.asarray(expected), np.asarray(found)
-    if not np.issubdtype(a.dtype, np.floating):
+    if not np.issubdtype(a.dtype, np.inexact):
         return float(np.mean(a != b))
     finite = np.isfinite(a)
     if not np.array_equal(finite, np.isfinite(b)):

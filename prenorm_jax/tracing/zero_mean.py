@@ -380,5 +380,8 @@ def _has_zero_mean(value: Any, axes: Axes) -> bool:
     if array.ndim <= max(axes, default=0):
         return not np.any(array)
     wide = array.astype(np.float64)
-    scale = np.max(np.abs(wide), initial=0.0)
-    return bool(np.all(np.abs(wide.mean(axes)) <= 1e-7 * scale)) if scale > 0 else True
+    if not np.all(np.isfinite(wide)):
+        return False
+    return bool(
+        np.all(np.abs(wide.mean(axes)) <= 1e-7 * np.max(np.abs(wide), axes, initial=0.0))
+    )  # each row by its own size

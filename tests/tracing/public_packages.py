@@ -1,10 +1,18 @@
 """Public JAX models of many authors, as released on PyPI, through `convert`: the second table in docs/tracing.md.
 
-Each row names its package; `pip install --no-deps PACKAGE==VERSION` into an environment with jax, flax, equinox, haiku and einops runs
-it. Widths are small and parameters random; the programs are the released ones. Rows whose package is not installed are left out.
+Each row names its package. Widths are small and parameters random; the programs are the released ones. Rows whose package is not installed
+are left out; an environment that has them all, as of jax 0.10.2 (old releases pin old versions of jax, hence --no-deps):
+
+    pip install jax==0.10.2 flax==0.12.8 equinox dm-haiku einops transformers==4.52.4
+    pip install immutabledict typeguard lark clu tensorflow Pillow torch torchvision
+    pip install --no-deps nanodl jvt image-classification-jax nano-moe-jax transformer-in-transformer-flax kauldron palm-jax mlp-gpt-jax \\
+        eqxvision foundax jimmy-vision jaxnn vitax penzai
 """
 
 import importlib.metadata
+import subprocess
+import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +68,7 @@ def nanodl_gpt3() -> Made:
 def nanodl_vit() -> Made:
     from nanodl import ViT
 
-    return linen(ViT((8, 8), 2, D, 2, 32, 0.0, 3), images(), training=False, out=lambda y: y[0])
+    return linen(ViT((8, 8), 2, D, 2, D, 0.0, 3), images(), training=False, out=lambda y: y[0])
 
 
 def nanodl_mixer() -> Made:
@@ -100,9 +108,9 @@ def nano_moe() -> Made:
 def tnt() -> Made:
     from transformer_in_transformer_flax.tnt import TNTConfig, TransformerInTransformer
 
-    config = TNTConfig(num_classes=3, depth=2, image_size=16, patch_size=8, transformed_patch_size=4, inner_dim=8, inner_heads=2,
+    config = TNTConfig(num_classes=3, depth=2, image_size=32, patch_size=16, transformed_patch_size=4, inner_dim=8, inner_heads=2,
                        inner_dim_head=4, outer_dim=D, outer_heads=2, outer_dim_head=8)  # fmt: skip
-    return linen(TransformerInTransformer(config), images())
+    return linen(TransformerInTransformer(config), images(32))
 
 
 def kauldron_vit() -> Made:
@@ -124,12 +132,11 @@ def palm() -> Made:
 
 
 def mlp_gpt() -> Made:
-    import haiku as hk
     from mlp_gpt_jax.mlp_gpt_jax import TransformedMLPGpt
 
-    model = hk.without_apply_rng(TransformedMLPGpt(num_tokens=V, dim=D, seq_len=6, depth=2))
+    model, key = TransformedMLPGpt(num_tokens=V, dim=D, seq_len=6, depth=2), jax.random.key(0)
     return (
-        lambda p, t: jax.vmap(lambda s: model.apply(p, s))(t),
+        lambda p, t: jax.vmap(lambda s: model.apply(p, key, s))(t),
         model.init(jax.random.key(0), tokens()[0]),
         (tokens(),),
     )
@@ -248,31 +255,38 @@ MODELS: list[tuple[str, str, Callable[[], Made]]] = [
 ]
 
 
-if __name__ == "__main__":
-    import sys
-    import traceback
-
-    for package, cls, make in MODELS:
-        if len(sys.argv) > 1 and not any(a in f"{package} {cls}" for a in sys.argv[1:]):
-            continue
+def rows() -> list[str]:
+    """The installed packages' rows, each from a process of its own: what one imports may not get along with what another does."""
+    printed: list[str] = []
+    for package, cls, _ in MODELS:
         try:
-            version = importlib.metadata.version(package)
+            importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-        try:
-            fn, params, inputs = make()
-            jax.eval_shape(fn, params, *inputs)
-        except ImportError:  # what it needs itself is not installed
-            continue
-        except Exception as error:  # a released model that does not run on this JAX
-            if len(sys.argv) > 1:
-                traceback.print_exc()
-            print(
-                f"| {package} {version} | `{cls}` | does not run here: {type(error).__name__}: {str(error)[:100]} | | | |",
-                flush=True,
-            )
-            continue
-        try:
-            print(line(f"{package} {version}", cls, fn, shaken(params), inputs, verbose=len(sys.argv) > 1), flush=True)
-        except Exception:
-            traceback.print_exc()
+        done = subprocess.run([sys.executable, __file__, package, cls], capture_output=True, text=True)
+        found = [row for row in done.stdout.splitlines() if row.startswith("| ")]
+        printed += found or [failed(f"{package}", cls, f"its process ended with {done.returncode}")]
+        print(printed[-1], flush=True)
+    return printed
+
+
+def failed(name: str, cls: str, why: str) -> str:
+    return f"| {name} | `{cls}` | does not run here: {' '.join(why.split())[:100]} | | | |"
+
+
+def row(package: str, cls: str, make: Callable[[], Made]) -> str:
+    name = f"{package} {importlib.metadata.version(package)}"
+    try:
+        fn, params, inputs = make()
+        jax.eval_shape(fn, params, *inputs)
+    except Exception as error:  # a released model that does not run on this JAX, or without a package that is missing
+        traceback.print_exc()
+        return failed(name, cls, f"{type(error).__name__}: {error}")
+    return line(name, cls, fn, shaken(params), inputs, verbose=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        print(next(row(*model) for model in MODELS if list(model[:2]) == sys.argv[1:]))
+    else:
+        rows()

@@ -1,4 +1,5 @@
-"""The table of public models in docs/tracing.md, from the packages that are installed here; rows of others stay as they are.
+"""The table of public models in docs/tracing.md and results/tracing/public_models.json, from the packages that are installed here; rows of
+others stay as they are.
 
     PYTHONPATH=. JAX_PLATFORMS=cpu python tests/tracing/public_table.py
 
@@ -6,12 +7,14 @@
 in each fills the table.
 """
 
+import json
 import pathlib
 import subprocess
 import sys
 
 HERE = pathlib.Path(__file__).parent
 DOCS = HERE.parents[1] / "docs" / "tracing.md"
+RESULTS = HERE.parents[1] / "results" / "tracing" / "public_models.json"
 START, END = "<!-- public models: made by tests/tracing/public_table.py -->", "<!-- end of public models -->"
 HEAD = ["| model | class | norms converted | reductions | difference | the others |", "|---|---|---|---|---|---|"]
 
@@ -35,12 +38,22 @@ def merged(old: list[str], new: list[str]) -> list[str]:
     return [made.get(key(row), row) for row in old] + [row for k, row in made.items() if k not in known]
 
 
-def write(new: list[str], path: pathlib.Path = DOCS) -> None:
+def as_json(rows: list[str]) -> str:
+    """The rows as a list of records."""
+    names = ("model", "class", "converted", "reductions", "difference", "others")
+    cells = ([cell.strip().strip("`") for cell in row.split("|")[1:-1]] for row in rows)
+    return json.dumps([dict(zip(names, own, strict=False)) for own in cells], indent=1) + "\n"
+
+
+def write(new: list[str], path: pathlib.Path = DOCS, results: pathlib.Path = RESULTS) -> None:
     text = path.read_text()
     before, rest = text.split(START)
     inside, after = rest.split(END)
     old = [line for line in inside.splitlines() if line.startswith("| ") and line not in HEAD]
-    path.write_text("\n".join([before + START, "", *HEAD, *merged(old, new), "", END + after]))
+    rows = merged(old, new)
+    path.write_text("\n".join([before + START, "", *HEAD, *rows, "", END + after]))
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(as_json(rows))
 
 
 if __name__ == "__main__":

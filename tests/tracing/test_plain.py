@@ -86,22 +86,9 @@ def affine():
     return {"scale": normal(D), "bias": normal(D)}
 
 
-def attention(h, p, rotary=False, alibi=False):
+def attention(h, p):
     q, k, v = (jnp.einsum("bld,dhk->bhlk", h, p[name]) for name in "qkv")
-    if rotary:
-        angle = jnp.arange(h.shape[1])[None, None, :, None] / 10.0 ** jnp.arange(D // H // 2)[None, None, None]
-
-        def rotate(x):
-            a, b = jnp.split(x, 2, -1)
-            return jnp.concatenate(
-                [a * jnp.cos(angle) - b * jnp.sin(angle), a * jnp.sin(angle) + b * jnp.cos(angle)], -1
-            )
-
-        q, k = rotate(q), rotate(k)
     s = jnp.einsum("bhlk,bhmk->bhlm", q, k)
-    if alibi:
-        distance = jnp.arange(h.shape[1])[:, None] - jnp.arange(h.shape[1])[None]
-        s = s - distance[None, None] * jnp.asarray([0.5, 0.25])[None, :, None, None]
     s = jnp.where(jnp.tril(jnp.ones(s.shape[-2:], bool))[None, None], s, -1e9)
     return jnp.einsum("bhlm,bhmk,hkd->bld", jax.nn.softmax(s), v, p["o"])
 
@@ -130,17 +117,17 @@ def gpt_params(layers=2, **more):
     }
 
 
-def block(x, p, norm, **kw):
-    x = x + attention(norm(x, p["ln1"]), p["attn"], **kw)
+def block(x, p, norm):
+    x = x + attention(norm(x, p["ln1"]), p["attn"])
     h = jax.nn.gelu(norm(x, p["ln2"]) @ p["up"] + p["up_b"][None, None])
     return x + h @ p["down"] + p["down_b"][None, None]
 
 
-def gpt(norm=rsqrt_norm, **kw):
+def gpt(norm=rsqrt_norm):
     def fn(p, tokens):
         x = p["emb"][tokens] + p["pos"][None, : tokens.shape[1]]
         for b in p["blocks"]:
-            x = block(x, b, norm, **kw)
+            x = block(x, b, norm)
         return norm(x, p["final"]) @ p["head"]
 
     return fn
@@ -165,11 +152,6 @@ def test_every_form_of_layer_norm(check, norm):
     sums = 1 if "einsum" in norm.__name__ else 2  # a contraction of two values counts as a product, not as a sum
     assert out.report.error <= 1e-10
     assert (out.report.reductions_before, out.report.reductions_after) == (3 * sums, 3 * sums - 3)
-
-
-@pytest.mark.parametrize("kind", ["rotary", "alibi"])
-def test_positions_in_attention(check, kind):
-    check(gpt(**{kind: True}), gpt_params(1), tokens(), sites=3)
 
 
 def test_layers_stacked_on_axis_one(check):

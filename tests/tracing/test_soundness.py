@@ -295,3 +295,27 @@ def test_equal_draws_of_one_key_are_one_value():
     program = trace_program(fn, arguments).program
     assert isinstance(program, Program)
     assert str(program.jaxpr).count("random_bits") == 1
+
+
+# --- constants ---
+
+
+@pytest.mark.parametrize("row", [1e9, np.inf, np.nan])
+def test_a_constant_with_one_row_of_another_size(check, row):
+    """Whether a row has zero mean is a question of its own size."""
+    grid = np.random.default_rng(0).standard_normal((1, L, D))
+    grid[:, 0] = row * np.resize([1.0, -1.0], D)
+    fn = lambda p, x: head(p, x @ p["w"] + grid)[:, 1:]  # noqa: E731
+    out = convert(fn, small(), normal(B, L, 5))
+    assert out.report.converted == 1
+    assert jnp.allclose(out.fn(out.params, x := normal(B, L, 5)), fn(small(), x), atol=1e-10)
+
+
+def test_complex_results_are_compared_as_numbers(check):
+    fn = lambda p, x: jnp.fft.fft(head(p, x @ p["w"]))  # noqa: E731
+    out = convert(fn, small(), normal(B, L, 5))
+    assert out.report.error <= 1e-10
+    with pytest.MonkeyPatch.context() as lie:
+        lie.setattr("prenorm_jax.tracing.shift.Shifts.may_shift", lambda self, var, axes: True)
+        with pytest.raises(ConversionError, match="verification failed"):
+            convert(lambda p, x: jnp.fft.fft(head(p, x @ p["w"]) + (x @ p["w"])[..., :3]), small(), normal(B, L, 5))

@@ -1,11 +1,11 @@
-"""Each program of `architectures` converts as far as the table says, or is kept for the reason it says."""
+"""Each program of `program_table` converts as far as the table says, or is kept for the reason it says."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
-from architectures import CASES, TOKENS, block, gpt_params, norm
+from program_table import CASES, TOKENS, block, gpt_params, norm
 
 from prenorm_jax.tracing import ConversionError, convert
 
@@ -17,7 +17,7 @@ def written_by_others():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_architecture(check, name):
+def test_program(check, name):
     c = CASES[name]
     flags = [k for k, a in enumerate(c.inputs) if isinstance(a, bool)]
 
@@ -29,7 +29,7 @@ def test_architecture(check, name):
     kept = [site.reason for site in out.report.sites if not site.converted]
     assert c.reason in (kept or [""])[0], f"\n{out.report}"
     places = [site.where for site in out.report.sites]
-    assert all("architectures.py" in where for where in places), f"\n{out.report}"
+    assert all("program_table.py" in where for where in places), f"\n{out.report}"
 
 
 def test_a_function_of_a_flag_follows_the_flag():
