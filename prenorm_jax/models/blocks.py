@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prenorm_jax import norms
 from prenorm_jax.models import hopper
 from prenorm_jax.models.config import ATTENTIONS, Transformer, require_one_of
 from prenorm_jax.models.gelu import gelu
@@ -46,9 +47,43 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((*layers, outputs), jnp.dtype(dtype))) if bias else None
 
     def __call__(self, x: Array) -> Array:
+        return self.biased(x @ self.matrix(x.dtype))
+
+    def matrix(self, dtype: Any) -> Array:
+        """The kernel as it multiplies an x of this dtype."""
         # Behind a barrier the cast (and the weight map before it) stays out of the product, whose kernel then takes bias and residual.
-        y = x @ jax.lax.optimization_barrier(self.kernel[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None]
+        return jax.lax.optimization_barrier(self.kernel[...].astype(dtype))
+
+    def biased(self, y: Array) -> Array:
+        """A product, with the bias."""
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None]
+
+    def apart(self, x: Array) -> tuple[Array, Array | None]:
+        """The product, and the bias that is to be added to it."""
+        return x @ self.matrix(x.dtype), None if self.bias is None else self.bias[...]
+
+
+@jax.custom_vjp
+def products(x: Array, matrices: tuple[Array, ...]) -> tuple[Array, ...]:
+    """x @ W for several W (inputs, outputs): (N, inputs) -> (N, outputs) each.
+
+    The gradient of x is a sum of products, each of which adds what was there before: XLA takes an addition into the product that stands
+    first in it, and the derivative as JAX writes it has that the other way round.
+    """
+    return tuple(x @ matrix for matrix in matrices)
+
+
+def _products_backward(
+    kept: tuple[Array, tuple[Array, ...]], dys: tuple[Array, ...]
+) -> tuple[Array, tuple[Array, ...]]:
+    x, matrices = kept
+    dx = dys[0] @ matrices[0].T
+    for dy, matrix in zip(dys[1:], matrices[1:], strict=True):
+        dx = dy @ matrix.T + dx
+    return dx, tuple(x.T @ dy for dy in dys)
+
+
+products.defvjp(lambda x, matrices: (products(x, matrices), (x, matrices)), _products_backward)
 
 
 class Table(nnx.Module):
@@ -56,6 +91,11 @@ class Table(nnx.Module):
 
     def __init__(self, rows: int, lanes: int, dtype: str, *, rngs: nnx.Rngs):
         self.table = nnx.Param(normal(0.02)(rngs.params(), (rows, lanes), jnp.dtype(dtype)))
+
+
+Written = tuple[Array | None, Array | None]
+"""What a residual branch writes, (N, R) and the bias (R,) that belongs to it: on its way to the main branch."""
+NOTHING: Written = (None, None)
 
 
 class Norm(nnx.Module):
@@ -66,14 +106,31 @@ class Norm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(shape, dtype)) if variant.affine else None
         self.bias = nnx.Param(jnp.zeros(shape, dtype)) if variant.affine and config.bias else None
         self.norm = functools.partial(variant.norm, eps=config.eps)
+        self.kind = variant.kind(variant.lanes(config.width), config.eps) if variant.kind else None
 
     @jax.named_scope("norm")
     def __call__(self, x: Array) -> Array:
         return self.norm(x, *self.leaves())
 
+    @jax.named_scope("norm")
+    def behind(self, x: Array, written: Written) -> tuple[Array, Array]:
+        """The main branch with what was written to it, and its norm: in the backward pass, their gradients are one."""
+        if self.kind is None:
+            x = add(x, written)
+            return x, self.norm(x)
+        return norms.add_and_norm(x, *written, *self.leaves(), self.kind)
+
     def leaves(self) -> tuple[Array | None, Array | None]:
         """Scale and bias."""
         return tuple(leaf if leaf is None else leaf[...] for leaf in (self.scale, self.bias))  # type: ignore[return-value]
+
+
+def add(x: Array, written: Written) -> Array:
+    """The main branch with what was written to it."""
+    y, bias = written
+    if y is None:
+        return x
+    return x + (y if bias is None else y + bias.astype(y.dtype)[None])
 
 
 class Affine(nnx.Module):
@@ -89,13 +146,16 @@ class Affine(nnx.Module):
 
 
 class LayerScale(nnx.Module):
-    """What a branch writes, times a learned vector: (N, D) -> (N, D). A leaf of the Pre-LN model alone (`layer_scale`)."""
+    """What a branch writes, times a learned vector (D,). A leaf of the Pre-LN model alone (`layer_scale`)."""
 
     def __init__(self, width: int, dtype: str, layers: tuple[int, ...] = ()):
         self.scale = nnx.Param(jnp.ones((*layers, width), jnp.dtype(dtype)))
 
-    def __call__(self, y: Array) -> Array:
-        return y * self.scale[...].astype(y.dtype)[None]
+    def __call__(self, written: Written) -> Written:
+        y, bias = written
+        assert y is not None
+        y = y if bias is None else y + bias.astype(y.dtype)[None]
+        return y * self.scale[...].astype(y.dtype)[None], None
 
 
 def reader_bias(config: Transformer, variant: Variant, own: bool) -> bool:
@@ -120,14 +180,16 @@ class Attention(nnx.Module):
     @jax.named_scope("attention")
     def __call__(
         self, n: Array, batch: int, cache: Any = None, position: Array | int = 0, length: int | None = None
-    ) -> tuple[Array, Any]:
-        """Returns the written (N, R) and, where a cache {"key", "value"} of (B, T, H, K) is given, that cache with these tokens in it.
+    ) -> tuple[Written, Any]:
+        """Returns what it writes and, where a cache {"key", "value"} of (B, T, H, K) is given, that cache with these tokens in it.
 
         Of each sequence the first `length` tokens are seen, or all of them.
         """
+        readers = (self.query, self.key, self.value)
+        read = products(n, tuple(reader.matrix(n.dtype) for reader in readers))
         q, k, v = (
-            f(n).reshape(batch, -1, self.heads, f.kernel.shape[-1] // self.heads)
-            for f in (self.query, self.key, self.value)
+            reader.biased(y).reshape(batch, -1, self.heads, y.shape[-1] // self.heads)
+            for reader, y in zip(readers, read, strict=True)
         )
         if cache is None:
             y = attend(q, k, v, causal=self.causal, length=length, implementation=self.implementation)
@@ -138,7 +200,7 @@ class Attention(nnx.Module):
             }
             seen = jnp.arange(cache["key"].shape[1])[None, :] <= position + jnp.arange(q.shape[1])[:, None]
             y = attend(q, cache["key"], cache["value"], mask=seen[None, None], implementation="xla")
-        return self.out(y.reshape(n.shape[0], -1)), cache
+        return self.out.apart(y.reshape(n.shape[0], -1)), cache
 
 
 def attend(
@@ -238,8 +300,8 @@ class Mlp(nnx.Module):
         self.gelu = jax.named_scope("gelu")(functools.partial(gelu, form=config.gelu))
 
     @jax.named_scope("mlp")
-    def __call__(self, n: Array) -> Array:
-        return self.down(self.gelu(self.up(n)))
+    def __call__(self, n: Array) -> Written:
+        return self.down.apart(self.gelu(self.up(n)))
 
 
 class Block(nnx.Module):
@@ -257,12 +319,20 @@ class Block(nnx.Module):
         self.scale2 = LayerScale(config.width, config.param_dtype, layers) if scaled else None
 
     def __call__(
-        self, x: Array, batch: int, cache: Any = None, position: Array | int = 0, length: int | None = None
-    ) -> tuple[Array, Any]:
-        y, cache = self.attn(self.norm1(x), batch, cache, position, length)
-        x = x + (y if self.scale1 is None else self.scale1(y))
-        y = self.mlp(self.norm2(x))
-        return x + (y if self.scale2 is None else self.scale2(y)), cache
+        self,
+        x: Array,
+        written: Written,
+        batch: int,
+        cache: Any = None,
+        position: Array | int = 0,
+        length: int | None = None,
+    ) -> tuple[Array, Array, Written, Any]:
+        """Takes the main branch and what the block before it wrote; returns their sum, and the same two behind this block."""
+        before, n = self.norm1.behind(x, written)
+        written, cache = self.attn(n, batch, cache, position, length)
+        x, n = self.norm2.behind(before, written if self.scale1 is None else self.scale1(written))
+        written = self.mlp(n)
+        return before, x, written if self.scale2 is None else self.scale2(written), cache
 
 
 Blocks = Block | nnx.List
@@ -276,6 +346,30 @@ def blocks(config: Transformer, variant: Variant, *, causal: bool, rngs: nnx.Rng
     return nnx.List([block() for _ in range(config.depth)])
 
 
+def _narrow_matrices(state: Any, dtype: Any) -> Any:
+    """Stacked parameters with their matrices as they multiply an x of this dtype: one kernel each, where a layer's each would be one a
+    layer. Behind a barrier XLA does not pull it into them again."""
+
+    def narrow(path: Any, leaf: Array) -> Array:
+        is_matrix = any(getattr(key, "key", None) == "kernel" for key in path)
+        return jax.lax.optimization_barrier(leaf.astype(dtype)) if is_matrix else leaf
+
+    return jax.tree_util.tree_map_with_path(narrow, state)
+
+
+@jax.custom_vjp
+def unstacked(tree: Any) -> list[Any]:
+    """A tree of stacked leaves (depth, ...) as one tree a layer. Its derivative puts the layers' gradients together in one array, where
+    that of an index would add up arrays of all layers."""
+    depth = jax.tree.leaves(tree)[0].shape[0]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(depth)]
+
+
+unstacked.defvjp(
+    lambda tree: (unstacked(tree), None), lambda _, layers: (jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers),)
+)
+
+
 def run(
     blocks: Blocks,
     x: Array,
@@ -285,6 +379,7 @@ def run(
     *,
     length: int | None = None,
     remat: bool = False,
+    unroll: bool = False,
 ) -> tuple[Array, Array, Any]:
     """Runs all blocks on the main branch x (N, R).
 
@@ -292,26 +387,36 @@ def run(
       cache: {"key", "value"} of (depth, B, T, H, K), or None; `position` is where in T these tokens begin.
       length: how many tokens of each sequence attention sees, from the first on; None: all.
       remat: whether the backward pass recomputes each block.
+      unroll: whether stacked blocks run one by one, not in one loop.
 
     Returns: the main branch after the last block (N, R), before and after every block (depth + 1, N, R), and the new cache.
     """
     graph: Any
 
-    def step(x: Array, layer: tuple[Any, Any]) -> tuple[Array, tuple[Array, Any]]:
+    def step(x: Array, written: Written, layer: tuple[Any, Any]) -> tuple[Array, Array, Written, Any]:
         state, cache = layer
-        y, cache = nnx.merge(graph, state)(x, batch, cache, position, length)
-        return y, (y, cache)
+        return nnx.merge(graph, state)(x, written, batch, cache, position, length)
 
     step = jax.checkpoint(step) if remat else step
+    if isinstance(blocks, Block) and not unroll:
+        graph, state = nnx.split(blocks)
+
+        def scanned(x: Array, layer: tuple[Any, Any]) -> tuple[Array, tuple[Array, Any]]:
+            before, x, written, cache = step(x, NOTHING, layer)
+            return add(x, written), (before, cache)
+
+        last, (states, cache) = jax.lax.scan(scanned, x, (state, cache))
+        return last, jnp.concatenate([states, last[None]]), cache
+
     if isinstance(blocks, Block):
         graph, state = nnx.split(blocks)
-        last, (states, cache) = jax.lax.scan(step, x, (state, cache))
-        return last, jnp.concatenate([x[None], states]), cache
-
-    states, caches = [x], []
-    for index, block in enumerate(blocks):
-        graph, state = nnx.split(block)
-        x, (_, layer_cache) = step(x, (state, jax.tree.map(lambda leaf, i=index: leaf[i], cache)))
-        states.append(x)
+        layers = [(graph, layer) for layer in unstacked(_narrow_matrices(state, x.dtype))]
+    else:
+        layers = [nnx.split(block) for block in blocks]
+    states, caches, written = [], [], NOTHING
+    for index, (graph, state) in enumerate(layers):  # noqa: B007
+        before, x, written, layer_cache = step(x, written, (state, jax.tree.map(lambda leaf, i=index: leaf[i], cache)))
+        states.append(before)
         caches.append(layer_cache)
-    return x, jnp.stack(states), jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+    last = add(x, written)
+    return last, jnp.stack([*states, last]), jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)

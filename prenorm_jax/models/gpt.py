@@ -64,7 +64,7 @@ class GPT(nnx.Module):
         x = x.astype(config.dtype)
 
         x, states, cache = blocks.run(
-            self.blocks, x.reshape(batch * length, -1), batch, cache, position, remat=config.remat
+            self.blocks, x.reshape(batch * length, -1), batch, cache, position, remat=config.remat, unroll=config.unroll
         )
         logits = self._tied_logits(x) if config.tied else self.head(self.norm(x))
         # Behind a barrier the product stores its logits in its own dtype; without, XLA has it store them wide.
