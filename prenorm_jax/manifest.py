@@ -236,7 +236,7 @@ def _other_norms(said: Mapping[str, Any], found: Resolved) -> list[str]:
 
 
 def _contradicted_by_values(manifest: Mapping[str, Any], params: Tree, spec: MainBranch) -> list[str]:
-    found, flat = spec.resolve(params), leaves(params)
+    found, flat = spec.resolve(params), leaves(spec.with_layers_first(params))
     lines = []
     for norm in found.norms:
         said, folded = manifest["norms"][norm.name]["folded"], _folded(norm, flat)

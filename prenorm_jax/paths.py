@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 Tree = Any
 
@@ -54,6 +56,42 @@ def with_leaves(tree: Tree, flat: Mapping[str, Any], like: Mapping[str, tuple[st
     return result
 
 
+def with_moved_axes(tree: Tree, moves: Mapping[str, tuple[int, int]]) -> Tree:
+    """`tree` with an axis of some leaves, path -> (from, to), moved elsewhere, and the names of axes in their boxes with it.
+
+    Raises: TreeError for a leaf that has no such axis.
+
+    >>> with_moved_axes({"a": jax.numpy.ones((2, 3))}, {"a": (1, 0)})["a"].shape
+    (3, 2)
+    """
+    moved = leaves(tree)
+    for path, (source, target) in moves.items():
+        if max(source, target) >= moved[path].ndim:
+            raise TreeError(
+                f"{path} {moved[path].shape}: it has no axis {max(source, target)}; its layers are elsewhere"
+            )
+        moved[path] = _moved(moved[path], source, target)
+
+    def renamed(keys: tuple[Any, ...], box: Any) -> Any:
+        move = moves.get(_path(keys))
+        return _renamed(box, moved[_path(keys)].ndim, lambda names: _moved_name(names, *move)) if move else box
+
+    return jax.tree_util.tree_map_with_path(
+        renamed, with_leaves(tree, moved), is_leaf=lambda node: not isinstance(node, Mapping | list | tuple)
+    )
+
+
+def _moved(leaf: Any, source: int, target: int) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(_moved_name(tuple(leaf.shape), source, target), leaf.dtype)
+    return (np if isinstance(leaf, np.ndarray) else jnp).moveaxis(leaf, source, target)
+
+
+def _moved_name(names: tuple[Any, ...], source: int, target: int) -> tuple[Any, ...]:
+    rest = names[:source] + names[source + 1 :]
+    return (*rest[:target], names[source], *rest[target:])
+
+
 def _rebuilt(node: Tree, prefix: str, unused: dict[str, Any], parents: set[str]) -> Tree:
     if isinstance(node, Mapping):
         kept = {key: child for key, child in _children(node).items() if f"{prefix}{key}" in parents}
@@ -100,12 +138,17 @@ def _boxes(tree: Tree) -> dict[str, Any]:
 
 def _in_box_less_axis(box: Any, value: Any, axis: int) -> Any:
     """`value` in a box whose names of axes are those of `box` but for one."""
+    return _renamed(box, value.ndim + 1, lambda names: names[:axis] + names[axis:][1:], value)
+
+
+def _renamed(box: Any, rank: int, change: Callable[[tuple[Any, ...]], tuple[Any, ...]], value: Any = None) -> Any:
+    """A box with the names of its axes changed, where it has as many, and with another value, if one is given."""
     names_of_axes = {
-        name: names[:axis] + names[axis:][1:]
+        name: change(names)
         for name, names in getattr(box, "get_metadata", lambda: vars(box) if hasattr(box, "__dict__") else {})().items()
-        if isinstance(names, tuple) and len(names) == value.ndim + 1
+        if isinstance(names, tuple) and len(names) == rank
     }
-    new = jax.tree_util.tree_map(lambda _: value, box)
+    new = jax.tree_util.tree_map(lambda held: held if value is None else value, box)
     if not names_of_axes:
         return new
     if dataclasses.is_dataclass(new) and not isinstance(new, type):

@@ -86,7 +86,7 @@ def compress(params: Tree, spec: MainBranch, basis: str = "reflect", layout: str
     if layout not in ("compact", "packed"):
         raise ValueError(f"layout: got {layout!r}; allowed: compact, packed")
     found = spec.resolve(params)
-    _refuse_packed(params, found)
+    _refuse_packed(params, spec, found)
     if found.lanes < 2 or (found.width is not None and found.lanes != found.width):
         raise LayoutError(
             f"compress: the main branch has {found.lanes} lanes; expected the nominal width {found.width or '>= 2'}"
@@ -160,7 +160,7 @@ def to_pre_ln(params: Tree, spec: MainBranch, basis: str = "reflect") -> Tree:
     Raises: LayoutError where the description does not tell the nominal width: the two can't be told apart then; and for a packed tree.
     """
     found = spec.resolve(params)
-    _refuse_packed(params, found)
+    _refuse_packed(params, spec, found)
     if found.width is None:
         raise LayoutError(
             "to_pre_ln: the description has no width, so compressed and full trees look alike; give MainBranch(width=...)"
@@ -244,7 +244,7 @@ def require_recentered(params: Tree, spec: MainBranch, stored: Any = None) -> No
 
     Raises: LayoutError naming the writer with the largest mean, where that is more than rounding.
     """
-    flat = leaves(params)
+    flat = leaves(spec.with_layers_first(params))
     means = {}
     found = spec.resolve(params)
     for path, axis in found.writers:
@@ -284,6 +284,10 @@ def _transform(
 ) -> Tree:
     """Applies maps (array, axis) -> array to the writers, the folded readers and the folded norms' leaves of a tree, and a factor to
     the scales that stay."""
+    if spec.stacked:
+        maps: dict[str, Any] = {"fold": fold, "writer": writer, "reader": reader, "affine": affine, "spare": spare}
+        first = _transform(spec.with_layers_first(params), spec.layers_first, **maps, kept_scale=kept_scale)
+        return spec.with_layers_back(first)
     found = spec.resolve(params)
     old = leaves(params)
     new = dict(old)
@@ -344,9 +348,9 @@ def _required_scale(norm: NormLeaves) -> str:
     return norm.scale
 
 
-def _refuse_packed(params: Tree, found: Resolved) -> None:
+def _refuse_packed(params: Tree, spec: MainBranch, found: Resolved) -> None:
     """A packed tree is as wide as a full one. What gives concrete ones away: no reader has a bias, and every writer's last slice is 0."""
-    flat = leaves(params)
+    flat = leaves(spec.with_layers_first(params))
     readers = [reader for norm in found.norms for reader in norm.readers if norm.keep is None]
     writers = [(flat[path], axis) for path, axis in found.writers]
     if not all(reader.new_bias for reader in readers) or any(isinstance(leaf, jax.core.Tracer) for leaf, _ in writers):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import prenorm_jax as pn
 from prenorm_jax import MainBranch, Norm, Reader, Writer
@@ -257,6 +258,19 @@ def test_a_model_that_has_rms_norms_already():
     assert missed(llama(pn.recenter(params, SPEC), TOKENS), llama(params, TOKENS)) > 1e-3  # what is refused
 
 
+class OfTwoEps(nnx.Module):
+    """One main branch, two norms, each with an eps of its own."""
+
+    def __init__(self, rngs, eps=(1e-3, 1e-12)):
+        self.write = nnx.Linear(5, D, rngs=rngs)
+        self.n0, self.n1 = (nnx.LayerNorm(D, epsilon=e, use_bias=False, rngs=rngs) for e in eps)
+        self.r0, self.r1 = (nnx.Linear(D, 3, use_bias=False, rngs=rngs) for _ in eps)
+
+    def __call__(self, x):
+        y = self.write(x)
+        return self.r0(self.n0(y)) + self.r1(self.n1(y))
+
+
 def test_every_norm_keeps_its_eps_and_statistics_are_wide():
     """SliceGPT's and QuaRot's RMSNorm have eps = 1e-5 written in, and QuaRot takes statistics in bfloat16. Here eps belongs to each norm,
     and statistics are float32 or wider."""
@@ -273,6 +287,13 @@ def test_every_norm_keeps_its_eps_and_statistics_are_wide():
     norms = [Norm(n.readers, n.scale, n.bias, eps=eps) for n, eps in zip(SPEC.norms, (1e-3, 1e-12), strict=True)]
     made = pn.manifest(params, MainBranch(WRITERS, norms))
     assert [made["norms"][f"{name}/scale"]["eps"] for name in ("0/norm", "1/norm", "norm")] == [1e-3, 1e-3, 1e-12]
+
+    model, z = OfTwoEps(nnx.Rngs(0)), 0.01 * normal(2, 5)
+    spec = MainBranch(
+        [Writer("write/kernel"), Writer("write/bias")], [Norm([Reader(f"r{i}/kernel")], f"n{i}/scale") for i in (0, 1)]
+    )
+    assert missed(pn.swap_norms(model, spec)(z), model(z)) < 1e-5
+    assert missed(model(z), OfTwoEps(nnx.Rngs(0), eps=(1e-5, 1e-5))(z)) > 1e-3  # so that eps shows
 
     x = jnp.full((1, 4096), 3.0, jnp.bfloat16).at[0, :64].set(200.0)
     exact = np.asarray(x, np.float64) / np.sqrt(np.square(np.asarray(x, np.float64)).mean())

@@ -45,6 +45,9 @@ def check(
 ) -> None:
     """`MainBranch.check`."""
     found = spec.resolve(params)
+    if spec.stacked:
+        params, fn = spec.with_layers_first(params), _of_layers_first(spec, fn)
+        converted = _of_layers_first(spec, converted) if converted is not None else None
     with jax.enable_x64(True):
         probe = Probe(fn, params, inputs)
         base = _without_layer_scales(probe, found)
@@ -55,6 +58,11 @@ def check(
             _check_converted(probe, base, found, converted)
         else:
             check_coordinates(probe, base, found, spec.recentered)
+
+
+def _of_layers_first(spec: MainBranch, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a tree whose layers have been moved in front."""
+    return lambda params, *inputs: fn(spec.with_layers_back(params), *inputs)
 
 
 def _without_layer_scales(probe: Probe, found: Resolved) -> Flat:

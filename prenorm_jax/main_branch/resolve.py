@@ -206,7 +206,8 @@ def _one_size(writers: Iterable[tuple[str, int]], norms: Iterable[NormLeaves], s
     if len(sizes) > 1:
         each = "; ".join(f"{size} in {where}" for size, where in sizes.items())
         raise LayoutError(
-            f"one main branch has one width, found several: {each}; check the axes, and describe each stream by itself"
+            f"one main branch has one width, found several: {each}; check the axes, describe each stream by itself, and say where layers "
+            "are stacked on another axis than the first (MainBranch(stacked=...))"
         )
     return next(iter(sizes))
 

@@ -1,13 +1,13 @@
 """The rules of a description, as data: writers, readers, norms, and the main branch that they make."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prenorm_jax.main_branch import patterns
 from prenorm_jax.main_branch.patterns import LayoutError
 from prenorm_jax.main_branch.resolve import Resolved, resolve
-from prenorm_jax.paths import Tree, leaves
+from prenorm_jax.paths import Tree, leaves, with_moved_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,8 @@ class MainBranch:
         a compressed tree (d - 1 lanes) from one that is not, which `to_pre_ln` needs.
       recentered: patterns of the modules whose output reaches the main branch otherwise than through a writer (a tied table, dropout, a
         norm behind the embedding, a constant): `swap_norms` and `intercept_norms` recenter, or compress, what they return.
+      stacked: {pattern: axis} of leaves whose layers are stacked along another axis than the first, as `nn.scan(variable_axes={"params":
+        1})` does: {"layers/**": 1}. The axes of a rule are those of one layer's leaf all the same: -1 for a norm's scale (d, layers).
 
     >>> branch = MainBranch(
     ...     writers=[Writer("embed/table"), Writer("mlp_{i}/down/kernel"), Writer("mlp_{i}/down/bias")],
@@ -103,12 +105,19 @@ class MainBranch:
     others: "Sequence[str | MainBranch]" = ()
     width: int | tuple[str, int] | None = None
     recentered: Sequence[str] = ()
+    stacked: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "writers", tuple(self.writers))
         object.__setattr__(self, "norms", tuple(dataclasses.replace(n, readers=tuple(n.readers)) for n in self.norms))
         object.__setattr__(self, "others", tuple(self.others))
         object.__setattr__(self, "recentered", tuple(self.recentered))
+        object.__setattr__(self, "stacked", tuple(dict(self.stacked).items()))
+        for stack, axis in dict(self.stacked).items():
+            if not isinstance(axis, int) or axis < 1:
+                raise LayoutError(
+                    f"{stack}: layers stacked on axis {axis!r}; give an axis from 1 on (on axis 0, leave it out of stacked)"
+                )
         readers = [reader for norm in self.norms for reader in norm.readers]
         axes = [(w.leaf, w.axis) for w in self.writers] + [(r.kernel, r.axis) for r in readers]
         axes += [self.width] if isinstance(self.width, tuple) else []
@@ -128,7 +137,37 @@ class MainBranch:
 
         Raises: LayoutError, as the package's docstring says.
         """
-        return resolve(self, {path: leaf.shape for path, leaf in leaves(params).items()})
+        shapes = {path: tuple(leaf.shape) for path, leaf in leaves(params).items()}
+        for pattern in dict(self.stacked):
+            patterns.found(pattern, shapes)
+        for path, axis in self._layer_axes(shapes).items():
+            layers = shapes[path][axis : axis + 1]
+            shapes[path] = layers + shapes[path][:axis] + shapes[path][axis + 1 :]
+        return resolve(self, shapes)
+
+    @property
+    def layers_first(self) -> "MainBranch":
+        """The same for a tree whose stacked layers have been moved in front."""
+        return dataclasses.replace(self, stacked=())
+
+    def with_layers_first(self, params: Tree) -> Tree:
+        """A tree with its stacked layers in front, where the transforms want them."""
+        axes = self._layer_axes(leaves(params))
+        return with_moved_axes(params, {path: (axis, 0) for path, axis in axes.items()}) if axes else params
+
+    def with_layers_back(self, params: Tree) -> Tree:
+        """The inverse of `with_layers_first`."""
+        axes = self._layer_axes(leaves(params))
+        return with_moved_axes(params, {path: (0, axis) for path, axis in axes.items()}) if axes else params
+
+    def _layer_axes(self, paths: Mapping[str, Any]) -> dict[str, int]:
+        """The axis of the layers of each leaf that is stacked along another than the first."""
+        axes: dict[str, int] = {}
+        for pattern, axis in dict(self.stacked).items():
+            for path, _ in patterns.matches(pattern, paths):
+                if axes.setdefault(path, axis) != axis:
+                    raise LayoutError(f"{path}: stacked on axis {axes[path]} and on axis {axis}; leave one of them")
+        return axes
 
     def norm_at(self, module: str) -> Norm | None:
         """The rule of the norm whose module has this path, or None. Raises: LayoutError where two rules claim it."""

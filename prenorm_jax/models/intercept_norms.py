@@ -6,9 +6,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from flax.errors import ScopeParamNotFoundError
 
 from prenorm_jax.main_branch import LayoutError, MainBranch, Norm, patterns
 from prenorm_jax.models.norm_sites import Form, eps_of, require_all, require_plain
+from prenorm_jax.paths import Tree, leaves
+from prenorm_jax.transforms import require_recentered
 
 Array = jax.Array
 
@@ -20,6 +24,7 @@ def intercept_norms(
     basis: str = "reflect",
     layout: str = "compact",
     norm_classes: tuple[type, ...] = (),
+    recentered: bool = True,
 ) -> Callable[..., Any]:
     """For `nn.intercept_methods`: runs RMSNorm (or CRMSNorm) at the norms of a main branch, on transformed parameters.
 
@@ -32,8 +37,11 @@ def intercept_norms(
         built at d - 1 lanes (or d, packed), with everything that is not a lane of the main branch (heads, mlp width) said explicitly.
       basis, layout: of "pre_crmsnorm".
       norm_classes: classes beside `nn.LayerNorm` that compute LayerNorm over the last axis; leaves named as in the description.
+      recentered: whether parameters have to be those of a recentered model, where they have values (traced ones have none): with others,
+        RMSNorm is another function than the LayerNorm in whose place it stands. False for an RMSNorm model in its own right.
 
-    Raises: LayoutError while the model is applied: for a description that doesn't fit the model, naming the module.
+    Raises: LayoutError while the model is applied: for a description that doesn't fit the model, naming the module; for parameters
+      whose writers have a mean, unless `recentered` is False.
 
     >>> import jax.numpy as jnp
     >>> from prenorm_jax import Norm, Reader, Writer, to_pre_rmsnorm
@@ -53,12 +61,13 @@ def intercept_norms(
     >>> bool(jnp.allclose(logits, model.apply({"params": params}, tokens), atol=1e-5))
     True
     """
-    return _Interceptor(spec, Form(norm, basis, layout), norm_classes)
+    return _Interceptor(spec, Form(norm, basis, layout), norm_classes, recentered and norm == "pre_rmsnorm")
 
 
 class _Interceptor:
-    def __init__(self, spec: MainBranch, form: Form, norm_classes: tuple[type, ...]):
-        self.spec, self.form, self.norm_classes = spec, form, norm_classes
+    def __init__(self, spec: MainBranch, form: Form, norm_classes: tuple[type, ...], recentered: bool):
+        self.spec, self.form, self.norm_classes, self.recentered = spec, form, norm_classes, recentered
+        self.seen: tuple[int, ...] = ()  # leaves that are known to be recentered
         self.norms = set[str]()
         self.biases = [reader.bias for rule in spec.norms for reader in rule.readers if reader.bias]
 
@@ -69,6 +78,7 @@ class _Interceptor:
         where = "/".join(module.path)
         if not where:
             self.norms = set()
+            self._require_recentered(module.variables["params"])
         rule = self.spec.norm_at(where)
         if rule is not None:
             return self._norm(module, rule, where, *args, **kwargs)
@@ -76,6 +86,14 @@ class _Interceptor:
         if not where:
             require_all(self.spec, module.variables["params"], self.norms, "ran")
         return self.form.variant.write(y) if self.spec.is_recentered(where) else y
+
+    def _require_recentered(self, params: Tree) -> None:
+        """Refuses parameters whose writers have a mean; those of one call are looked at once."""
+        flat = leaves(params)
+        seen = tuple(map(id, flat.values()))
+        if self.recentered and seen != self.seen and not any(isinstance(a, jax.core.Tracer) for a in flat.values()):
+            require_recentered(params, self.spec, stored=jnp.bfloat16)
+            self.seen = seen
 
     def _norm(self, module: nn.Module, rule: Norm, where: str, x: Array, *, mask: Array | None = None) -> Array:
         require_plain(module, self.norm_classes, nn.LayerNorm, where)
@@ -98,7 +116,16 @@ class _Interceptor:
         if names - set(there) and getattr(module, "use_bias", False):
             with _without_bias(module):
                 return call(*args, **kwargs)
-        y = call(*args, **kwargs)
+        try:
+            y = call(*args, **kwargs)
+        except ScopeParamNotFoundError as error:
+            asked = next((name for name in names - set(there) if f'"{name}"' in str(error)), None)
+            if asked is None or f'/{where.rpartition("/")[2]}"' not in str(error):
+                raise
+            raise LayoutError(
+                f"{where}/{asked}: a {type(module).__name__} asks for this bias, and the parameters don't have it: packed, it is a row of "
+                'its kernel. Use layout="compact", or a module that can do without (use_bias=False)'
+            ) from error
         for name, bias in there.items():
             if name in module.scope.reservations:  # the module has asked for it
                 continue

@@ -11,6 +11,7 @@ import numpy as np
 from prenorm_jax.bases import stacks
 from prenorm_jax.main_branch import MainBranch, Norm, Reader, Writer, side_by_side
 from prenorm_jax.tracing.decision import ConversionError, Decision, decide
+from prenorm_jax.tracing.leaf_views import LeafView
 from prenorm_jax.tracing.norms import NormFound, norms_of
 from prenorm_jax.tracing.report import report_of
 from prenorm_jax.tracing.signature import Arguments, trace_program
@@ -109,7 +110,7 @@ def _lines_up(vector: tuple[int, ...], kernel: tuple[int, ...], axis: int) -> bo
 def _norm(found: NormFound, paths: list[str], shapes: list[tuple[int, ...]]) -> Norm | None:
     scale = None if found.scale is None else paths[found.scale.position]
     bias = None if found.bias is None else paths[found.bias.position]
-    keep = found.keep
+    keep = found.keep or next((_stacked_behind(v, paths, shapes) for v in (found.scale, found.bias) if v), None)
     readers = []
     for r in found.readers:
         k = r.kernel.position
@@ -121,6 +122,13 @@ def _norm(found: NormFound, paths: list[str], shapes: list[tuple[int, ...]]) -> 
     if keep is not None:
         return None if scale is None and bias is None else Norm((), scale, bias, found.eps, keep)
     return Norm(tuple(readers), scale, bias, found.eps)
+
+
+def _stacked_behind(vector: LeafView, paths: list[str], shapes: list[tuple[int, ...]]) -> str | None:
+    """Why a norm's vector is no (layers..., width) one, as transforms have it."""
+    if vector.axis == len(shapes[vector.position]) - 1:
+        return None
+    return f"{paths[vector.position]} {shapes[vector.position]} has its layers behind its features; MainBranch(stacked=...) can say so"
 
 
 def _touched(branch: MainBranch) -> set[str]:

@@ -70,7 +70,7 @@ class Linen:
     def run(self, params, *inputs):
         return self._apply(self.model, params, *inputs)
 
-    def run_form(self, params, specs, form, *inputs, **fields):
+    def run_form(self, params, specs, form, *inputs, recentered=True, **fields):
         """Transformed parameters, in a model that is built for them."""
         lanes = 0 if form in ("rms", "packed") else 1
         # Linen's experts declare their biases, and have no use_bias
@@ -79,7 +79,9 @@ class Linen:
         model = type(self)(*configs, **{**self.fields, **fields}).model
         with contextlib.ExitStack() as stack:
             for spec in specs:
-                stack.enter_context(nn.intercept_methods(pn.intercept_norms(spec, **FORMS[form])))
+                stack.enter_context(
+                    nn.intercept_methods(pn.intercept_norms(spec, recentered=recentered, **FORMS[form]))
+                )
             return self._apply(model, params, *inputs)
 
     def converted(self, specs, form, **fields):
@@ -97,7 +99,8 @@ class Linen:
         original = written(params, specs)
         for spec in specs:
             params = pn.to_pre_rmsnorm(params, spec)
-        return self.run_form(with_leaves(params, {**leaves(params), **original}), specs, "rms", *inputs)
+        params = with_leaves(params, {**leaves(params), **original})
+        return self.run_form(params, specs, "rms", *inputs, recentered=False)
 
     def _apply(self, model, params, *inputs):
         return model.apply({"params": params}, *inputs, rngs={"dropout": jax.random.key(1)})
