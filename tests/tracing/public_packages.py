@@ -176,7 +176,7 @@ def foundax_encoder() -> Made:
 def foundax_encoder_decoder() -> Made:
     from foundax.architectures.transformer import Transformer
 
-    model = Transformer(2, D, 2, D, 32, 0.0, V, 8, key=jax.random.key(0))
+    model = Transformer(2, 2, D, 2, D, 32, V, 0.0, 8, key=jax.random.key(0))
     return lambda m, s, t: jax.vmap(m)(s, t), model, (tokens(), tokens())
 
 
