@@ -95,13 +95,13 @@ def _report(experiment: Experiment, params: Tree) -> equivalence.Report:
     model = experiment.model
     tokens = model.context if isinstance(model, GPTConfig) else model.tokens
     count = min(ORACLE_EXAMPLES, max(1, ORACLE_TOKENS // tokens), len(held_out))
-    batch = next(iter(data.eval_batches(held_out, count, count)))
     task = task_of(experiment)
+    batch = task.prepare(next(iter(data.eval_batches(held_out, count, count))))
 
     def loss(logits: jax.Array) -> jax.Array:
         return task.judge(logits, jnp.asarray(batch["targets"]))["loss"].mean()
 
-    return equivalence.compare(experiment.model, params, batch["inputs"], loss)
+    return equivalence.compare(experiment.model, params, np.asarray(batch["inputs"]), loss)
 
 
 def write_text(workdir: pathlib.Path, prompt: str, new_tokens: int, temperature: float, top_k: int | None) -> str:

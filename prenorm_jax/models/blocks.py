@@ -16,6 +16,7 @@ from flax import nnx
 from prenorm_jax.models import hopper
 from prenorm_jax.models.config import ATTENTIONS, Transformer, require_one_of
 from prenorm_jax.models.gelu import gelu
+from prenorm_jax.models.stochastic_depth import of_sample
 from prenorm_jax.models.variants import Variant
 
 Array = jax.Array
@@ -91,8 +92,8 @@ class Affine(nnx.Module):
 class LayerScale(nnx.Module):
     """What a branch writes, times a learned vector: (N, D) -> (N, D). A leaf of the Pre-LN model alone (`layer_scale`)."""
 
-    def __init__(self, width: int, dtype: str, layers: tuple[int, ...] = ()):
-        self.scale = nnx.Param(jnp.ones((*layers, width), jnp.dtype(dtype)))
+    def __init__(self, width: int, dtype: str, layers: tuple[int, ...] = (), init: float = 1.0):
+        self.scale = nnx.Param(jnp.full((*layers, width), init, jnp.dtype(dtype)))
 
     def __call__(self, y: Array) -> Array:
         return y * self.scale[...].astype(y.dtype)[None]
@@ -253,16 +254,23 @@ class Block(nnx.Module):
         self.norm2 = Norm(config, variant, layers)
         self.mlp = Mlp(config, variant, layers=layers, rngs=rngs)
         scaled = config.layer_scale and variant.affine
-        self.scale1 = LayerScale(config.width, config.param_dtype, layers) if scaled else None
-        self.scale2 = LayerScale(config.width, config.param_dtype, layers) if scaled else None
+        scale = functools.partial(LayerScale, config.width, config.param_dtype, layers, config.layer_scale_init)
+        self.scale1 = scale() if scaled else None
+        self.scale2 = scale() if scaled else None
 
     def __call__(
-        self, x: Array, batch: int, cache: Any = None, position: Array | int = 0, length: int | None = None
+        self,
+        x: Array,
+        batch: int,
+        cache: Any = None,
+        position: Array | int = 0,
+        length: int | None = None,
+        branch_scales: Array | None = None,
     ) -> tuple[Array, Any]:
         y, cache = self.attn(self.norm1(x), batch, cache, position, length)
-        x = x + (y if self.scale1 is None else self.scale1(y))
+        x = x + of_sample(y if self.scale1 is None else self.scale1(y), branch_scales, 0)
         y = self.mlp(self.norm2(x))
-        return x + (y if self.scale2 is None else self.scale2(y)), cache
+        return x + of_sample(y if self.scale2 is None else self.scale2(y), branch_scales, 1), cache
 
 
 Blocks = Block | nnx.List
@@ -285,6 +293,7 @@ def run(
     *,
     length: int | None = None,
     remat: bool = False,
+    branch_scales: Array | None = None,
 ) -> tuple[Array, Array, Any]:
     """Runs all blocks on the main branch x (N, R).
 
@@ -292,26 +301,29 @@ def run(
       cache: {"key", "value"} of (depth, B, T, H, K), or None; `position` is where in T these tokens begin.
       length: how many tokens of each sequence attention sees, from the first on; None: all.
       remat: whether the backward pass recomputes each block.
+      branch_scales: (B, depth, 2), what the attention and the MLP of each block write is multiplied by, or None.
 
     Returns: the main branch after the last block (N, R), before and after every block (depth + 1, N, R), and the new cache.
     """
     graph: Any
 
-    def step(x: Array, layer: tuple[Any, Any]) -> tuple[Array, tuple[Array, Any]]:
-        state, cache = layer
-        y, cache = nnx.merge(graph, state)(x, batch, cache, position, length)
+    def step(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, tuple[Array, Any]]:
+        state, cache, scales = layer
+        y, cache = nnx.merge(graph, state)(x, batch, cache, position, length, scales)
         return y, (y, cache)
 
     step = jax.checkpoint(step) if remat else step
+    scales = None if branch_scales is None else jnp.moveaxis(branch_scales, 1, 0)
     if isinstance(blocks, Block):
         graph, state = nnx.split(blocks)
-        last, (states, cache) = jax.lax.scan(step, x, (state, cache))
+        last, (states, cache) = jax.lax.scan(step, x, (state, cache, scales))
         return last, jnp.concatenate([x[None], states]), cache
 
     states, caches = [x], []
     for index, block in enumerate(blocks):
         graph, state = nnx.split(block)
-        x, (_, layer_cache) = step(x, (state, jax.tree.map(lambda leaf, i=index: leaf[i], cache)))
+        of_layer = jax.tree.map(lambda leaf, i=index: leaf[i], (cache, scales))
+        x, (_, layer_cache) = step(x, (state, *of_layer))
         states.append(x)
         caches.append(layer_cache)
     return x, jnp.stack(states), jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)

@@ -41,7 +41,7 @@ class Transformer:
     norm, basis, layout choose the variant (prenorm_jax.models.variants); basis and layout matter to pre_crmsnorm alone.
     dtype is the dtype of the computation, param_dtype that of the parameters; norms take their statistics in float32 or wider.
     bias: whether the blocks' linear maps and all norms have one; qkv_bias: whether query, key and value have one beside that.
-    layer_scale: whether what a branch writes is multiplied by a learned vector (Touvron et al., 2021).
+    layer_scale: whether what a branch writes is multiplied by a learned vector (Touvron et al., 2021), of layer_scale_init at first.
     """
 
     width: int
@@ -56,6 +56,7 @@ class Transformer:
     bias: bool = True
     qkv_bias: bool = True
     layer_scale: bool = False
+    layer_scale_init: float = 1.0
     dtype: str = "float32"
     param_dtype: str = "float32"
     attention: str = "auto"
@@ -72,6 +73,8 @@ class Transformer:
         require_one_of("model.basis", self.basis, BASES)
         require_one_of("model.layout", self.layout, LAYOUTS)
         require(isinstance(self.eps, float) and 0 < self.eps < math.inf, "model.eps", self.eps, "a float > 0")
+        init = self.layer_scale_init
+        require(isinstance(init, float) and math.isfinite(init), "model.layer_scale_init", init, "a float")
         require_one_of("model.gelu", self.gelu, GELUS)
         require_one_of("model.dtype", self.dtype, DTYPES)
         require_one_of("model.param_dtype", self.param_dtype, DTYPES)

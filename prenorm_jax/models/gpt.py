@@ -41,13 +41,16 @@ class GPT(nnx.Module):
             )
         self.config = config
 
-    def __call__(self, tokens: Array, cache: Any = None, position: Array | int = 0) -> tuple[Array, dict[str, Any]]:
+    def __call__(
+        self, tokens: Array, cache: Any = None, position: Array | int = 0, branch_scales: Array | None = None
+    ) -> tuple[Array, dict[str, Any]]:
         """The logits of the next token at every position.
 
         Args:
           tokens: (B, L) int ids in [0, vocab_size).
           cache: the keys and values of earlier tokens, from `empty_cache` or an earlier call, or None to attend within `tokens`.
           position: how many tokens the cache holds already.
+          branch_scales: what each branch of each sample is multiplied by, (B, depth, 2), from `draw_branch_scales`; None for all ones.
 
         Returns: logits (B, L, padded_vocab), float32 or wider, of which the first vocab_size columns mean something; and
           {"main_branch": (depth + 1, B, L, R), "cache": the cache with these tokens, or None}.
@@ -64,7 +67,13 @@ class GPT(nnx.Module):
         x = x.astype(config.dtype)
 
         x, states, cache = blocks.run(
-            self.blocks, x.reshape(batch * length, -1), batch, cache, position, remat=config.remat
+            self.blocks,
+            x.reshape(batch * length, -1),
+            batch,
+            cache,
+            position,
+            remat=config.remat,
+            branch_scales=branch_scales,
         )
         logits = self._tied_logits(x) if config.tied else self.head(self.norm(x))
         # Behind a barrier the product stores its logits in its own dtype; without, XLA has it store them wide.

@@ -69,8 +69,10 @@ class ViT(nnx.Module):
             self.head = linear(config.pre_logits, config.classes)
         self.config = config
 
-    def __call__(self, images: Array) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, images: Array, branch_scales: Array | None = None) -> tuple[Array, dict[str, Array]]:
         """Returns logits (B, classes), or features where there is no head, float32 or wider, and {"main_branch": (depth + 1, B, L, R)}.
+
+        branch_scales: what each branch of each sample is multiplied by, (B, depth, 2), from `draw_branch_scales`; None for all ones.
 
         Raises: ValueError for images of another shape than the config's.
         """
@@ -90,7 +92,7 @@ class ViT(nnx.Module):
         tokens, length = config.tokens, blocks.even_length(config, config.tokens)
         x = jnp.pad(x, [(0, 0), (0, length - tokens), (0, 0)]).reshape(batch * length, -1)
         seen = tokens if length > tokens else None
-        x, states, _ = blocks.run(self.blocks, x, batch, length=seen, remat=config.remat)
+        x, states, _ = blocks.run(self.blocks, x, batch, length=seen, remat=config.remat, branch_scales=branch_scales)
         logits = self._head(self._pooled(x.reshape(batch, length, -1)))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         return logits, {"main_branch": states.reshape(len(states), batch, length, -1)[:, :, :tokens]}

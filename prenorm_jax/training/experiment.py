@@ -25,6 +25,9 @@ from prenorm_jax.models.config import (
 MODELS: dict[str, type[Transformer]] = {"image_classification": ViTConfig, "language_modelling": GPTConfig}
 TASKS = tuple(MODELS)
 COORDINATES = ("pre_ln", "native")
+OPTIMIZERS = ("adamw", "lamb")
+LOSSES = ("softmax", "sigmoid")
+CROPS = ("centre", "resized", "simple")
 
 # What a data set asks of the model that reads it: the task it serves, and model fields whose values it fixes.
 DATA_SETS: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
@@ -32,6 +35,8 @@ DATA_SETS: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
     "stdlib": (("language_modelling",), {"vocab_size": 256}),
     "synthetic": (TASKS, {}),
     "image_folder": (("image_classification",), {}),
+    "hugging_face": (("image_classification",), {}),
+    "array_record": (("image_classification",), {}),
     "text": (("language_modelling",), {}),
 }
 
@@ -51,14 +56,27 @@ class Data:
     """Where examples come from.
 
     name: digits (scikit-learn's 8x8 scans), stdlib (the Python standard library as bytes), synthetic (noise, for timing),
-      image_folder (pictures, a folder a class), text (a text, or token ids).
+      image_folder (pictures, a folder a class), hugging_face (pictures that the library datasets saved), array_record (pictures as
+      TensorFlow Datasets writes them), text (a text, or token ids).
     seed: of the order of examples, of the augmentation and of the synthetic set.
-    augment: whether digits move by up to a pixel, pictures are mirrored, and text windows start anywhere.
+    augment: whether digits move by up to a pixel, pictures are cut, mirrored, coloured and mixed as the fields below say, and text
+      windows start anywhere.
     root: the folder of stdlib's .py files; empty means the running interpreter's own standard library. Of image_folder and text: the
-      folder or file, held out as a whole, or a folder with train and val in it.
-    processor: the folder with preprocessor_config.json (image_folder) or tokenizer.json (text).
+      folder or file, held out as a whole, or a folder with train and val in it. Of the others: the folder.
+    processor: the folder with preprocessor_config.json (pictures) or tokenizer.json (text); pictures need none: they are then prepared
+      as is usual for ImageNet.
     examples: how many examples the synthetic set has.
-    threads: how many threads read ahead; they change no value and no order.
+    threads: how many threads of a process read ahead.
+    workers: how many processes read ahead, each with its threads; 0: this one. Neither changes a value or the order.
+
+    Of text: token_dtype: uint16 or uint32, of a .bin file with no tokens.json beside it.
+    Of pictures: image_key, label_key: the columns of hugging_face, the features of array_record.
+      crop: of training pictures: centre (as in an evaluation), resized (a random part) or simple (nearly all, anywhere).
+      least_area: of a resized crop, as a share of the picture. flip: whether cut pictures are mirrored half of the time.
+      three_augment: whether a cut picture is grey, solarized or blurred. colour_jitter: how far from 1 its brightness, contrast and
+      saturation are multiplied. mixup, cutmix: the a of Beta(a, a) that examples are blended by; 0: not. repeats: how many times a
+      batch has each of its examples, each time augmented anew (Hoffer et al., 2020).
+      eval_crop: the share of a resized picture's shorter edge that an evaluation sees, where there is no processor.
     """
 
     name: str = "synthetic"
@@ -68,20 +86,43 @@ class Data:
     processor: str = ""
     examples: int = 4096
     threads: int = 2
+    workers: int = 0
+    token_dtype: str = "uint16"
+    image_key: str = "image"
+    label_key: str = "label"
+    crop: str = "centre"
+    least_area: float = 0.08
+    flip: bool = True
+    three_augment: bool = False
+    colour_jitter: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    repeats: int = 1
+    eval_crop: float = 0.875
 
     def __post_init__(self) -> None:
         require_one_of("data.name", self.name, tuple(DATA_SETS))
-        _require_numbers(self, "data", {"seed": 0, "examples": 8, "threads": 0})
+        require_one_of("data.token_dtype", self.token_dtype, ("uint16", "uint32"))
+        require_one_of("data.crop", self.crop, CROPS)
+        least = {"seed": 0, "examples": 8, "threads": 0, "workers": 0, "repeats": 1}
+        _require_numbers(self, "data", {**least, "colour_jitter": 0, "mixup": 0, "cutmix": 0})
         require(self.seed < 2**32, "data.seed", self.seed, "less than 2**32")
+        for field in ("least_area", "eval_crop"):
+            require(0 < getattr(self, field) <= 1, f"data.{field}", getattr(self, field), "more than 0, 1 at most")
+        coloured = self.three_augment or self.colour_jitter > 0
+        require(
+            self.crop != "centre" or not coloured, "data.crop", self.crop, "resized or simple, with changed colours"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW (Loshchilov & Hutter, 2019) behind clipping by global norm, on a linear warm-up and a cosine decay.
+    """AdamW (Loshchilov & Hutter, 2019) or LAMB (You et al., 2020) behind clipping by global norm, on a linear warm-up and a cosine decay.
 
-    learning_rate is the peak; the cosine ends at learning_rate * final_fraction. clip_norm = 0 means no clipping.
+    name: adamw or lamb. learning_rate is the peak; the cosine ends at learning_rate * final_fraction. clip_norm = 0 means no clipping.
     """
 
+    name: str = "adamw"
     learning_rate: float = 1e-3
     final_fraction: float = 0.0
     warmup_steps: int = 100
@@ -95,6 +136,7 @@ class Optimizer:
         _require_numbers(
             self, "optimizer", {"learning_rate": 0, "warmup_steps": 0, "eps": 0, "weight_decay": 0, "clip_norm": 0}
         )
+        require_one_of("optimizer.name", self.name, OPTIMIZERS)
         require(0 <= self.final_fraction <= 1, "optimizer.final_fraction", self.final_fraction, "0 to 1")
         for field in ("b1", "b2"):
             value = getattr(self, field)
@@ -108,6 +150,8 @@ class Train:
     batch_size: examples of one optimizer step, whatever accumulate is.
     accumulate: how many micro-batches, one after the other, a batch is split into.
     coordinates: "pre_ln" trains the Pre-LN parameters and maps them inside the loss; "native" trains the variant's own.
+    loss: of images: softmax (cross entropy), or sigmoid (binary cross entropy of every class, mixed labels all being present).
+    stochastic_depth: how likely a sample skips a residual branch in training (Huang et al., 2016); what is left is scaled up.
     log_every, eval_every, checkpoint_every: in steps; 0 for the latter two means after the last step alone.
     eval_examples: held-out examples of one evaluation; 0 means all of them.
     keep: how many checkpoints stay on disk.
@@ -120,6 +164,8 @@ class Train:
     seed: int = 0
     coordinates: str = "pre_ln"
     label_smoothing: float = 0.0
+    loss: str = "softmax"
+    stochastic_depth: float = 0.0
     log_every: int = 10
     eval_every: int = 100
     eval_batch_size: int = 64
@@ -133,7 +179,9 @@ class Train:
         least_zero = ("seed", "eval_every", "eval_examples", "checkpoint_every")
         _require_numbers(self, "train", {**dict.fromkeys(least_one, 1), **dict.fromkeys(least_zero, 0)})
         require_one_of("train.coordinates", self.coordinates, COORDINATES)
-        require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "0 or more, below 1")
+        require_one_of("train.loss", self.loss, LOSSES)
+        for field in ("label_smoothing", "stochastic_depth"):
+            require(0 <= getattr(self, field) < 1, f"train.{field}", getattr(self, field), "0 or more, below 1")
         require(
             self.batch_size % self.accumulate == 0,
             "train.accumulate",
@@ -180,6 +228,13 @@ class Experiment:
         for field, value in fixed.items():
             given = getattr(self.model, field)
             require(given == value, f"model.{field}", given, f"{value} for config.data.name = {self.data.name}")
+        if self.task != "image_classification":
+            require(
+                self.train.loss == "softmax", "train.loss", self.train.loss, f"softmax for config.task = {self.task}"
+            )
+            for field in ("mixup", "cutmix"):
+                given = getattr(self.data, field)
+                require(given == 0, f"data.{field}", given, f"0 for config.task = {self.task}")
         has_head = getattr(self.model, "head", True)
         require(
             has_head,

@@ -69,7 +69,13 @@ class _Run:
         self.task: Task = task_of(experiment)
         self.tx = make_optimizer(experiment.optimizer, settings.steps)
         self.train_step = make_train_step(
-            model, self.task, self.tx, coordinates=settings.coordinates, accumulate=settings.accumulate
+            model,
+            self.task,
+            self.tx,
+            coordinates=settings.coordinates,
+            accumulate=settings.accumulate,
+            stochastic_depth=settings.stochastic_depth,
+            seed=settings.seed,
         )
         self.eval_step = make_eval_step(model, self.task)
         self.running = jax.jit(lambda params: models.running(params, model, settings.coordinates))
@@ -128,7 +134,7 @@ def evaluate(
     """
     settings, task = experiment.train, task_of(experiment)
     eval_step = eval_step or make_eval_step(experiment.model, task)
-    batches = data.eval_batches(held_out, settings.eval_batch_size, settings.eval_examples)
+    batches = data.eval_batches(held_out, settings.eval_batch_size, settings.eval_examples, experiment.data)
     sums = [jax.device_get(eval_step(running, batch)) for batch in batches]
     totals = {name: float(np.sum([part[name] for part in sums], dtype=np.float64)) for name in sums[0]}
     weight = totals.pop("weight")

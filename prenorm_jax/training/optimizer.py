@@ -24,19 +24,20 @@ DECAY_RULES: tuple[tuple[str, bool], ...] = (
 
 
 def make_optimizer(optimizer: Optimizer, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW with decoupled decay on the leaves that `decay_mask` marks."""
+    """Clip by global norm, then AdamW or LAMB with decoupled decay on the leaves that `decay_mask` marks."""
     # Both branches keep an empty state, so that a checkpoint can be resumed with another clip_norm.
     clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm > 0 else optax.identity()
+    schedule = learning_rate_schedule(optimizer, steps)
+    adam = {"b1": optimizer.b1, "b2": optimizer.b2, "eps": optimizer.eps}
+    if optimizer.name == "adamw":
+        return optax.chain(clip, optax.adamw(schedule, **adam, weight_decay=optimizer.weight_decay, mask=decay_mask))
+    # LAMB: Adam's step, made as long as the leaf. Leaves without decay keep Adam's, as in Apex's FusedLAMB and not as in optax.lamb.
     return optax.chain(
         clip,
-        optax.adamw(
-            learning_rate_schedule(optimizer, steps),
-            b1=optimizer.b1,
-            b2=optimizer.b2,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            mask=decay_mask,
-        ),
+        optax.scale_by_adam(**adam),
+        optax.add_decayed_weights(optimizer.weight_decay, decay_mask),
+        optax.masked(optax.scale_by_trust_ratio(), decay_mask),
+        optax.scale_by_learning_rate(schedule),
     )
 
 

@@ -67,16 +67,19 @@ def make_train_step(
     *,
     coordinates: str = "pre_ln",
     accumulate: int = 1,
+    stochastic_depth: float = 0.0,
+    seed: int = 0,
 ) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
     """A jitted (state, batch) -> (state, metrics); the state is donated.
 
     batch: "inputs" (B, ...), "targets" (B, ...), "weights" (B,) with B a multiple of `accumulate`. The loss is the
-    weighted mean over the batch whatever `accumulate` is. metrics: the task's values as weighted means, and
+    weighted mean over the batch whatever `accumulate` is. stochastic_depth: the rate at which samples skip branches, the same ones whatever
+    `accumulate` and the variant are: they follow from `seed` and the step. metrics: the task's values as weighted means, and
     "grad_norm" before clipping, each ().
     """
 
     def weighted_values(running: Params, batch: dict[str, jax.Array], total: jax.Array) -> tuple[jax.Array, Metrics]:
-        logits, _ = models.apply(model, running, batch["inputs"])
+        logits, _ = models.apply(model, running, batch["inputs"], branch_scales=batch.get("branch_scales"))
         shares = batch["weights"] / total
         with jax.named_scope("loss"):
             values = {name: (value * shares).sum() for name, value in task.judge(logits, batch["targets"]).items()}
@@ -86,6 +89,11 @@ def make_train_step(
         running, pull_back = jax.vjp(
             jax.named_scope("weight_map")(lambda params: models.running(params, model, coordinates)), state.params
         )
+        batch = task.prepare(batch)
+        if stochastic_depth:
+            key = jax.random.fold_in(jax.random.key(seed), state.step)
+            scales = models.draw_branch_scales(key, len(batch["weights"]), model.depth, stochastic_depth)
+            batch = {**batch, "branch_scales": scales}
         total = batch["weights"].sum()
         gradient = jax.grad(weighted_values, has_aux=True)
         if accumulate == 1:
@@ -112,6 +120,7 @@ def make_eval_step(model: ViTConfig | GPTConfig, task: Task) -> Callable[[Params
     task = without_smoothing(task)
 
     def eval_step(running: Params, batch: dict[str, jax.Array]) -> Metrics:
+        batch = task.prepare(batch)
         logits, _ = models.apply(model, running, batch["inputs"])
         weights = batch["weights"]
         values = task.judge(logits, batch["targets"])

@@ -1,0 +1,26 @@
+"""Stochastic depth (Huang et al., 2016): in training a sample skips a residual branch now and then, and what is left is scaled up.
+
+One number for a sample and branch keeps a zero mean zero: with the same numbers the variants stay the same function.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def draw_branch_scales(key: Array, batch: int, depth: int, rate: float) -> Array:
+    """What each branch (attention, MLP) of each sample is multiplied by, (B, depth, 2) float32.
+
+    0 with probability `rate`, else 1 / (1 - rate), so that the mean is 1.
+    """
+    kept = jax.random.bernoulli(key, 1 - rate, (batch, depth, 2))
+    return jnp.where(kept, 1 / (1 - rate), 0).astype(jnp.float32)
+
+
+def of_sample(y: Array, branch_scales: Array | None, branch: int) -> Array:
+    """What a branch writes, (N, R), times its sample's scale, of (B, 2)."""
+    if branch_scales is None:
+        return y
+    of_token = jnp.repeat(branch_scales[:, branch], y.shape[0] // branch_scales.shape[0])
+    return y * of_token.astype(y.dtype)[:, None]
