@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 import grain
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 from PIL import Image
 
@@ -20,6 +20,31 @@ from prenorm_jax.training.data import DataError, Missing, Splits
 from prenorm_jax.training.experiment import Data
 from prenorm_jax.training.pictures import opened, pictures
 
+# As tensorflow/core/example/example.proto and feature.proto define it, in protobuf's own description of messages.
+EXAMPLE = """
+name: "example.proto" package: "prenorm_jax" syntax: "proto3"
+message_type { name: "BytesList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+message_type { name: "FloatList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT } }
+message_type { name: "Int64List" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+message_type {
+  name: "Feature"
+  oneof_decl { name: "kind" }
+  field { name: "bytes_list" number: 1 label: LABEL_OPTIONAL type_name: ".prenorm_jax.BytesList" oneof_index: 0 }
+  field { name: "float_list" number: 2 label: LABEL_OPTIONAL type_name: ".prenorm_jax.FloatList" oneof_index: 0 }
+  field { name: "int64_list" number: 3 label: LABEL_OPTIONAL type_name: ".prenorm_jax.Int64List" oneof_index: 0 }
+}
+message_type {
+  name: "Features"
+  field { name: "feature" number: 1 label: LABEL_REPEATED type_name: ".prenorm_jax.Features.FeatureEntry" }
+  nested_type {
+    name: "FeatureEntry"
+    options { map_entry: true }
+    field { name: "key" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }
+    field { name: "value" number: 2 label: LABEL_OPTIONAL type_name: ".prenorm_jax.Feature" }
+  }
+}
+message_type { name: "Example" field { name: "features" number: 1 label: LABEL_OPTIONAL type_name: ".prenorm_jax.Features" } }
+""".replace("type_name", "type: TYPE_MESSAGE type_name")
 SPLITS = {"train": ("train",), "held out": ("validation", "val", "test")}
 
 
@@ -93,47 +118,13 @@ def _require_whole(file: str) -> None:
 
 @functools.cache
 def example_message() -> Any:
-    """The class of the message tf.train.Example (tensorflow/core/example/example.proto and feature.proto).
+    """The class of the message.
 
     >>> message = example_message()()
     >>> message.features.feature["label"].int64_list.value.append(7)
     >>> example_message().FromString(message.SerializeToString()).features.feature["label"].int64_list.value[0]
     7
     """
-    kinds = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="prenorm_jax.example", syntax="proto3")
-
-    def message(within: Any, name: str, *fields: tuple[str, int, int, str], repeated: tuple[str, ...] = ()) -> Any:
-        made = within.add(name=name)
-        for field, number, kind, type_name in fields:
-            label = kinds.LABEL_REPEATED if field in repeated else kinds.LABEL_OPTIONAL
-            made.field.add(name=field, number=number, type=kind, type_name=type_name, label=label)
-        return made
-
-    here, value = ".prenorm_jax.example", ("value",)
-    message(file.message_type, "BytesList", ("value", 1, kinds.TYPE_BYTES, ""), repeated=value)
-    message(file.message_type, "FloatList", ("value", 1, kinds.TYPE_FLOAT, ""), repeated=value)
-    message(file.message_type, "Int64List", ("value", 1, kinds.TYPE_INT64, ""), repeated=value)
-    feature = message(
-        file.message_type,
-        "Feature",
-        ("bytes_list", 1, kinds.TYPE_MESSAGE, f"{here}.BytesList"),
-        ("float_list", 2, kinds.TYPE_MESSAGE, f"{here}.FloatList"),
-        ("int64_list", 3, kinds.TYPE_MESSAGE, f"{here}.Int64List"),
-    )
-    feature.oneof_decl.add(name="kind")
-    for field in feature.field:
-        field.oneof_index = 0
-    entry = f"{here}.Features.FeatureEntry"
-    features = message(file.message_type, "Features", ("feature", 1, kinds.TYPE_MESSAGE, entry), repeated=("feature",))
-    pair = message(
-        features.nested_type,
-        "FeatureEntry",
-        ("key", 1, kinds.TYPE_STRING, ""),
-        ("value", 2, kinds.TYPE_MESSAGE, f"{here}.Feature"),
-    )
-    pair.options.map_entry = True
-    message(file.message_type, "Example", ("features", 1, kinds.TYPE_MESSAGE, f"{here}.Features"))
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("prenorm_jax.example.Example"))
+    pool.Add(text_format.Parse(EXAMPLE, descriptor_pb2.FileDescriptorProto()))
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("prenorm_jax.Example"))

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import grain
 import numpy as np
+from absl import flags
 
 from prenorm_jax.models.config import require
 from prenorm_jax.training.experiment import Data, Experiment
@@ -218,6 +219,8 @@ def _rows(batch_size: int, process_index: int, process_count: int, field: str) -
 
 def _read_ahead(batches: grain.MapDataset, threads: int, workers: int) -> grain.IterDataset:
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    if workers and not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads its own, which are absl's, and a program without absl never parses them
     processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     return batches.to_iter_dataset(reading).mp_prefetch(processes)
 

@@ -47,7 +47,7 @@ IMPOSSIBLE = [
     (
         "data.name",
         "stdlib",
-        "config.data.name: got 'stdlib'; allowed: digits, synthetic, image_folder, hugging_face, array_record for config.task = image_classification",
+        "config.data.name: got 'stdlib'; allowed: digits, synthetic, image_folder, hugging_face, array_record for config.task",
     ),
     ("data.seed", -1, "config.data.seed: got -1; allowed: 0 or more"),
     ("optimizer.learning_rate", "fast", "config.optimizer.learning_rate: got 'fast'; allowed: a number"),
