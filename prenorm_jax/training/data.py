@@ -155,23 +155,28 @@ def train_batches(
     Raises: ConfigError where the batch can't be split so.
     """
     rows = _rows(batch_size, process_index, process_count, "train.batch_size")
-    distinct, rest = divmod(batch_size, data.repeats)
-    require(rest == 0, "config.data.repeats", data.repeats, f"a divisor of config.train.batch_size = {batch_size}")
+    distinct = -(-batch_size // data.repeats)
     mixed = data.augment and (data.mixup > 0 or data.cutmix > 0)
     pairs = not mixed or ((rows.stop - rows.start) % 2 == 0 and distinct > 1)
     require(
         pairs, "config.train.batch_size", batch_size, "an even number of rows in each process, to mix them in pairs"
     )
-    make = functools.partial(_training_batch, examples, data, rows, mixed)
+    make = functools.partial(_training_batch, examples, data, batch_size, rows, mixed)
     order = grain.MapDataset.range(len(examples)).seed(data.seed).shuffle().repeat()
     return Batches(order.batch(distinct).random_map(make), data, len(examples))
 
 
 def _training_batch(
-    examples: Examples, data: Data, rows: slice, mixed: bool, indices: np.ndarray, rng: np.random.Generator
+    examples: Examples,
+    data: Data,
+    batch_size: int,
+    rows: slice,
+    mixed: bool,
+    indices: np.ndarray,
+    rng: np.random.Generator,
 ) -> Batch:
-    # One repeat after the other: neighbours, which are what is mixed, are different examples.
-    indices = np.tile(indices, data.repeats)
+    # One repeat after the other: neighbours, which are what is mixed, are different examples. The last may be cut off.
+    indices = np.tile(indices, data.repeats)[:batch_size]
     draws = examples.draws(rng, len(indices))[rows] if data.augment else None
     batch = _with_weights(examples.batch(indices[rows], draws))
     if mixed:
