@@ -56,7 +56,7 @@ def assert_same(a, b):
     rows=st.sampled_from([1, 2]),
     processes=st.sampled_from([1, 2, 3, 4]),
     seed=st.integers(0, 2**32 - 1),
-    repeats=st.sampled_from([1, 2, 3]),
+    repeats=st.sampled_from([1, 2, 3, 5]),
     mixup=st.sampled_from([0.0, 0.8]),
     cutmix=st.sampled_from([0.0, 1.0]),
     start=st.integers(0, 9),
@@ -98,17 +98,13 @@ def test_what_cannot_be_shared_out_is_refused():
         data.train_batches(Numbered(40), Data(), 8, 0, 3)
     with pytest.raises(ConfigError, match=r"config.train.batch_size: got 6; allowed: an even number of rows in each"):
         data.train_batches(Numbered(40), Data(mixup=0.8), 6, 0, 2)
-    with pytest.raises(
-        ConfigError, match=r"config.data.repeats: got 3; allowed: a divisor of config.train.batch_size = 8"
-    ):
-        data.train_batches(Numbered(40), Data(repeats=3), 8)
 
 
 def test_repeated_examples_are_augmented_anew_and_never_neighbours():
-    batch = next(data.train_batches(Numbered(40), Data(repeats=3), 12))
+    batch = next(data.train_batches(Numbered(40), Data(repeats=3), 14))
     indices, drawn = batch["inputs"].T
-    assert np.unique(indices, return_counts=True)[1].tolist() == [3] * 4
-    assert len(set(drawn)) == 12
+    assert sorted(np.unique(indices, return_counts=True)[1]) == [2, 3, 3, 3, 3]
+    assert len(set(drawn)) == 14
     assert (indices[0::2] != indices[1::2]).all()
 
 
