@@ -4,7 +4,8 @@ python -m prenorm_jax.measure.loader CONFIG[:ARG] [--config.FIELD=VALUE ...] --o
     batches of the config's training data as the loop takes them; --made N: of N photographs or tokens made up for it, where the data
     are not here. The step's need is measured on this machine's device (default), or read from the JSON of `measure time`.
 
-FILE gets one entry a config and machine; a second run of the same replaces it. `--print FILE` prints the table.
+FILE gets one entry a config and machine; a second run of the same replaces it. Without CONFIG the table of FILE is printed. `--into GUIDE`
+puts it between <!-- FILE --> and <!-- end --> there.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import jax
 import numpy as np
 
 from prenorm_jax import models
+from prenorm_jax.measure.__main__ import with_tables
 from prenorm_jax.models.config import ConfigError, GPTConfig
 from prenorm_jax.training import data
 from prenorm_jax.training.command_line import Flags, read_config
@@ -150,7 +152,8 @@ def write_photographs(root: pathlib.Path, count: int) -> None:
         (root / str(label)).mkdir(parents=True)
         photograph = Image.fromarray(pixels)
         for index in range(-(-count // 2)):
-            left, top = rng.integers(photograph.width - WIDTH + 1), rng.integers(photograph.height - HEIGHT + 1)
+            left = int(rng.integers(photograph.width - WIDTH + 1))
+            top = int(rng.integers(photograph.height - HEIGHT + 1))
             part = photograph.crop((left, top, left + WIDTH, top + HEIGHT))
             part.save(root / str(label) / f"{index}.jpg", quality=90)
 
@@ -171,37 +174,36 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def save(entry: dict[str, Any], out: pathlib.Path) -> dict[str, Any]:
-    """Adds an entry to a file, in the place of one of the same config, cores and device; returns all of it."""
+def save(entry: dict[str, Any], out: pathlib.Path) -> None:
+    """Adds an entry to a file, in the place of one of the same config, cores and device."""
     same = ("config", "cores", "step_device")
     result = json.loads(out.read_text()) if out.exists() else {"loader": []}
     others = [other for other in result["loader"] if any(other[key] != entry[key] for key in same)]
     result["loader"] = [*others, entry]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
-    return result
 
 
 def main(arguments: list[str]) -> int:
     """Exit status: 0; 2 for what can't be (one line on stderr)."""
     flags = Flags(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flags.add_argument("config", nargs="?", metavar="CONFIG[:ARG]")
-    flags.add_argument("--out", type=pathlib.Path, metavar="FILE")
-    flags.add_argument("--print", type=pathlib.Path, dest="printed", metavar="FILE")
+    flags.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE")
+    flags.add_argument("--into", type=pathlib.Path, metavar="GUIDE")
     flags.add_argument("--seconds", type=float, default=10.0)
     flags.add_argument("--made", type=int, default=0, metavar="N")
     flags.add_argument("--step", default="measure", metavar="FILE")
     try:
         given, fields = flags.parse_known_args(arguments)
-        if given.printed:
-            print(table(json.loads(given.printed.read_text())))
-            return 0
-        if not (given.config and given.out):
-            raise ConfigError("the following arguments are required: CONFIG, --out (or --print)")
-        use_compilation_cache()
-        experiment, _ = read_config(given.config, fields)
-        print(table(save(measure(experiment, given.config, given.seconds, given.made, given.step), given.out)))
-    except (ConfigError, DataError, OSError) as error:
+        if given.config:
+            use_compilation_cache()
+            experiment, _ = read_config(given.config, fields)
+            save(measure(experiment, given.config, given.seconds, given.made, given.step), given.out)
+        text = table(json.loads(given.out.read_text()))
+        print(text)
+        if given.into:
+            given.into.write_text(with_tables(given.into.read_text(), str(given.out), text))
+    except (ConfigError, DataError, OSError, ValueError) as error:
         print(f"prenorm_jax.measure.loader: {error}", file=sys.stderr)
         return 2
     return 0
