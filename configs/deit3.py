@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
     model = vit_config(chosen["variant"], norm=chosen["norm"], dtype="bfloat16", gelu="erf", positioned="patches")
     model = dataclasses.replace(model, layer_scale=True, layer_scale_init=1e-4, remat=size in ("H", "G"))
     config.model.update(dataclasses.asdict(model))
-    config.data.update({"name": chosen["data"], "threads": 2, "workers": 12, "repeats": 3, "eval_crop": 1.0})
+    config.data.update({"name": chosen["data"], "threads": 1, "workers": 14, "repeats": 3, "eval_crop": 1.0})
     config.data.update({"crop": "resized", "three_augment": True, "colour_jitter": 0.3, "mixup": 0.8, "cutmix": 1.0})
     per_epoch = IMAGES // BATCH  # as DeiT III counts, whose epochs see a third of all images three times
     config.optimizer.update({"name": "lamb", "learning_rate": LEARNING_RATE[size], "final_fraction": 2.5e-3})

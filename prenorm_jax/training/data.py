@@ -12,7 +12,11 @@ the number of processes, of workers or of threads, nor on how often the run was 
 import dataclasses
 import functools
 import importlib
+import multiprocessing
+import os
 import pathlib
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -120,7 +124,15 @@ class Batches(grain.DatasetIterator):
     def __next__(self) -> Batch:
         if self._running is None:
             self._running = iter(_read_ahead(self._batches[self._next :], self._data.threads, self._data.workers))
-        batch: Batch = next(self._running)
+        try:
+            batch: Batch = next(self._running)
+        except DataError:
+            raise
+        except RuntimeError as error:  # grain's, of a worker that is gone
+            text = str(error).partition("\n")[0]
+            raise DataError(
+                f"a process that reads ahead ended ({text}); perhaps memory: try fewer data.workers"
+            ) from error
         self._next += 1
         return batch
 
@@ -223,11 +235,26 @@ def _rows(batch_size: int, process_index: int, process_count: int, field: str) -
 
 
 def _read_ahead(batches: grain.MapDataset, threads: int, workers: int) -> grain.IterDataset:
-    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    # Of a worker a batch waits in each thread and one to be fetched; they are large where there are many.
+    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads if workers else 2 * threads)
     if workers and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads its own, which are absl's, and a program without absl never parses them
-    processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return batches.to_iter_dataset(reading).mp_prefetch(processes)
+    processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+    return batches.to_iter_dataset(reading).mp_prefetch(processes, worker_init_fn=_live_with_the_loop)
+
+
+def _live_with_the_loop(worker: int, workers: int) -> None:
+    """A worker's beginning: signals to the whole group are the loop's, which wants to finish its step, and no worker outlives the loop."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+
+    def end_with_the_loop() -> None:
+        loop = multiprocessing.parent_process()
+        assert loop is not None
+        loop.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_the_loop, daemon=True).start()
 
 
 def _with_weights(batch: Batch) -> Batch:

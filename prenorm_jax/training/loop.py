@@ -48,6 +48,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
     with contextlib.ExitStack() as stack:
         saved = stack.enter_context(checkpoints.Checkpoints(workdir, experiment))
         batches = data.train_batches(splits.train, experiment.data, experiment.train.batch_size)
+        stack.callback(batches.close)
         state = saved.restore(run.initial_state(), batches)
         start = int(state.step)
         _announce(console, experiment, workdir, state, splits, changed)

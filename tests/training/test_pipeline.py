@@ -1,7 +1,13 @@
 """The stream of batches: one for any number of processes, workers and threads, and continued wherever it was left."""
 
 import dataclasses
+import multiprocessing
+import os
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +17,8 @@ from hypothesis import strategies as st
 from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training import data
 from prenorm_jax.training.experiment import Data
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +146,68 @@ def test_what_a_reader_cannot_read_is_said_by_the_loop_s_own_error(workers):
     with pytest.raises(data.DataError) as error:
         take(batches, 2)
     assert str(error.value) == "cannot read picture 7"
+    batches.close()
+
+
+PROGRAM = """
+import multiprocessing, time
+from prenorm_jax.models.config import GPTConfig
+from prenorm_jax.training import data, synthetic
+from prenorm_jax.training.experiment import Data
+if __name__ == "__main__":
+    model = GPTConfig(width=8, depth=1, heads=2, mlp_width=8, context=6, vocab_size=11)
+    settings = Data(examples=64, workers=2)
+    batches = data.train_batches(synthetic.load(settings, model).train, settings, 8)
+    for _ in range(4):
+        next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    while True:
+        next(batches)
+        time.sleep(0.05)
+"""
+
+
+def is_running(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.slow
+def test_workers_leave_signals_to_the_loop_and_end_with_it(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""}
+    loop = subprocess.Popen(
+        [sys.executable, str(tmp_path / "program.py")], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert loop.stdout is not None
+    workers = [int(pid) for pid in loop.stdout.readline().split()]
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker, signal.SIGINT)
+        os.kill(worker, signal.SIGTERM)
+    time.sleep(1)
+    assert loop.poll() is None
+    assert all(map(is_running, workers))
+    loop.kill()
+    loop.wait()
+    loop.stdout.close()
+    deadline = time.monotonic() + 30
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline, "a worker outlives its loop"
+        time.sleep(0.1)
+
+
+def test_a_worker_that_was_killed_is_one_line():
+    batches = data.train_batches(Numbered(20), Data(workers=1), 10)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(data.DataError, match=r"a process that reads ahead ended \(.*exit code -9") as error:
+        take(batches, 20)
+    assert "\n" not in str(error.value)
     batches.close()
 
 
