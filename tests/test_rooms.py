@@ -13,6 +13,7 @@ ORDER = [
     "paths",
     "bases",
     "precision",
+    "hopper",
     "norms",
     "main_branch",
     "layouts",

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prenorm_jax import norms
 from prenorm_jax.models import hopper
 from prenorm_jax.models.config import ATTENTIONS, Transformer, require_one_of
 from prenorm_jax.models.gelu import gelu
@@ -47,9 +48,17 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((*layers, outputs), jnp.dtype(dtype))) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        # Behind a barrier the cast (and the weight map before it) stays out of the product, whose kernel then takes bias and residual.
-        y = x @ jax.lax.optimization_barrier(self.kernel[...].astype(x.dtype))
+        y = self.product(x)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None]
+
+    def product(self, x: Array) -> Array:
+        """Without the bias."""
+        # Behind a barrier the cast (and the weight map before it) stays out of the product, whose kernel then takes bias and residual.
+        return x @ jax.lax.optimization_barrier(self.kernel[...].astype(x.dtype))
+
+    def apart(self, x: Array) -> tuple[Array, Array | None]:
+        """The product, and the bias that is to be added to it."""
+        return self.product(x), None if self.bias is None else self.bias[...]
 
 
 class Table(nnx.Module):
@@ -57,6 +66,11 @@ class Table(nnx.Module):
 
     def __init__(self, rows: int, lanes: int, dtype: str, *, rngs: nnx.Rngs):
         self.table = nnx.Param(normal(0.02)(rngs.params(), (rows, lanes), jnp.dtype(dtype)))
+
+
+Written = tuple[Array | None, Array | None]
+"""What a residual branch writes, (N, R) and the bias (R,) that belongs to it: on its way to the main branch."""
+NOTHING: Written = (None, None)
 
 
 class Norm(nnx.Module):
@@ -67,14 +81,31 @@ class Norm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(shape, dtype)) if variant.affine else None
         self.bias = nnx.Param(jnp.zeros(shape, dtype)) if variant.affine and config.bias else None
         self.norm = functools.partial(variant.norm, eps=config.eps)
+        self.kind = variant.kind(variant.lanes(config.width), config.eps) if variant.kind else None
 
     @jax.named_scope("norm")
     def __call__(self, x: Array) -> Array:
         return self.norm(x, *self.leaves())
 
+    @jax.named_scope("norm")
+    def behind(self, x: Array, written: Written) -> tuple[Array, Array]:
+        """The main branch with what was written to it, and its norm: in the backward pass, their gradients are one."""
+        if self.kind is None:
+            x = add(x, written)
+            return x, self.norm(x)
+        return norms.add_and_norm(x, *written, *self.leaves(), self.kind)
+
     def leaves(self) -> tuple[Array | None, Array | None]:
         """Scale and bias."""
         return tuple(leaf if leaf is None else leaf[...] for leaf in (self.scale, self.bias))  # type: ignore[return-value]
+
+
+def add(x: Array, written: Written) -> Array:
+    """The main branch with what was written to it."""
+    y, bias = written
+    if y is None:
+        return x
+    return x + (y if bias is None else y + bias.astype(y.dtype)[None])
 
 
 class Affine(nnx.Module):
@@ -90,13 +121,16 @@ class Affine(nnx.Module):
 
 
 class LayerScale(nnx.Module):
-    """What a branch writes, times a learned vector: (N, D) -> (N, D). A leaf of the Pre-LN model alone (`layer_scale`)."""
+    """What a branch writes, times a learned vector (D,). A leaf of the Pre-LN model alone (`layer_scale`)."""
 
     def __init__(self, width: int, dtype: str, layers: tuple[int, ...] = (), init: float = 1.0):
         self.scale = nnx.Param(jnp.full((*layers, width), init, jnp.dtype(dtype)))
 
-    def __call__(self, y: Array) -> Array:
-        return y * self.scale[...].astype(y.dtype)[None]
+    def __call__(self, written: Written) -> Written:
+        y, bias = written
+        assert y is not None
+        y = y if bias is None else y + bias.astype(y.dtype)[None]
+        return y * self.scale[...].astype(y.dtype)[None], None
 
 
 def reader_bias(config: Transformer, variant: Variant, own: bool) -> bool:
@@ -121,8 +155,8 @@ class Attention(nnx.Module):
     @jax.named_scope("attention")
     def __call__(
         self, n: Array, batch: int, cache: Any = None, position: Array | int = 0, length: int | None = None
-    ) -> tuple[Array, Any]:
-        """Returns the written (N, R) and, where a cache {"key", "value"} of (B, T, H, K) is given, that cache with these tokens in it.
+    ) -> tuple[Written, Any]:
+        """Returns what it writes and, where a cache {"key", "value"} of (B, T, H, K) is given, that cache with these tokens in it.
 
         Of each sequence the first `length` tokens are seen, or all of them.
         """
@@ -139,7 +173,7 @@ class Attention(nnx.Module):
             }
             seen = jnp.arange(cache["key"].shape[1])[None, :] <= position + jnp.arange(q.shape[1])[:, None]
             y = attend(q, cache["key"], cache["value"], mask=seen[None, None], implementation="xla")
-        return self.out(y.reshape(n.shape[0], -1)), cache
+        return self.out.apart(y.reshape(n.shape[0], -1)), cache
 
 
 def attend(
@@ -239,8 +273,8 @@ class Mlp(nnx.Module):
         self.gelu = jax.named_scope("gelu")(functools.partial(gelu, form=config.gelu))
 
     @jax.named_scope("mlp")
-    def __call__(self, n: Array) -> Array:
-        return self.down(self.gelu(self.up(n)))
+    def __call__(self, n: Array) -> Written:
+        return self.down.apart(self.gelu(self.up(n)))
 
 
 class Block(nnx.Module):
@@ -261,16 +295,21 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Array,
+        written: Written,
         batch: int,
         cache: Any = None,
         position: Array | int = 0,
         length: int | None = None,
         branch_scales: Array | None = None,
-    ) -> tuple[Array, Any]:
-        y, cache = self.attn(self.norm1(x), batch, cache, position, length)
-        x = x + of_sample(y if self.scale1 is None else self.scale1(y), branch_scales, 0)
-        y = self.mlp(self.norm2(x))
-        return x + of_sample(y if self.scale2 is None else self.scale2(y), branch_scales, 1), cache
+    ) -> tuple[Array, Array, Written, Any]:
+        """Takes the main branch and what the block before it wrote; returns their sum, and the same two behind this block."""
+        before, n = self.norm1.behind(x, written)
+        written, cache = self.attn(n, batch, cache, position, length)
+        written = of_sample(written if self.scale1 is None else self.scale1(written), branch_scales, 0)
+        x, n = self.norm2.behind(before, written)
+        written = self.mlp(n)
+        written = of_sample(written if self.scale2 is None else self.scale2(written), branch_scales, 1)
+        return before, x, written, cache
 
 
 Blocks = Block | nnx.List
@@ -307,23 +346,28 @@ def run(
     """
     graph: Any
 
-    def step(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, tuple[Array, Any]]:
+    def step(x: Array, written: Written, layer: tuple[Any, Any, Any]) -> tuple[Array, Array, Written, Any]:
         state, cache, scales = layer
-        y, cache = nnx.merge(graph, state)(x, batch, cache, position, length, scales)
-        return y, (y, cache)
+        return nnx.merge(graph, state)(x, written, batch, cache, position, length, scales)
 
     step = jax.checkpoint(step) if remat else step
     scales = None if branch_scales is None else jnp.moveaxis(branch_scales, 1, 0)
     if isinstance(blocks, Block):
         graph, state = nnx.split(blocks)
-        last, (states, cache) = jax.lax.scan(step, x, (state, cache, scales))
-        return last, jnp.concatenate([x[None], states]), cache
 
-    states, caches = [x], []
+        def scanned(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, tuple[Array, Any]]:
+            before, x, written, cache = step(x, NOTHING, layer)
+            return add(x, written), (before, cache)
+
+        last, (states, cache) = jax.lax.scan(scanned, x, (state, cache, scales))
+        return last, jnp.concatenate([states, last[None]]), cache
+
+    states, caches, written = [], [], NOTHING
     for index, block in enumerate(blocks):
         graph, state = nnx.split(block)
         of_layer = jax.tree.map(lambda leaf, i=index: leaf[i], (cache, scales))
-        x, (_, layer_cache) = step(x, (state, *of_layer))
-        states.append(x)
+        before, x, written, layer_cache = step(x, written, (state, *of_layer))
+        states.append(before)
         caches.append(layer_cache)
-    return x, jnp.stack(states), jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+    last = add(x, written)
+    return last, jnp.stack([*states, last]), jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)

@@ -3,6 +3,8 @@
 One number for a sample and branch keeps a zero mean zero: with the same numbers the variants stay the same function.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -18,9 +20,12 @@ def draw_branch_scales(key: Array, batch: int, depth: int, rate: float) -> Array
     return jnp.where(kept, 1 / (1 - rate), 0).astype(jnp.float32)
 
 
-def of_sample(y: Array, branch_scales: Array | None, branch: int) -> Array:
-    """What a branch writes, (N, R), times its sample's scale, of (B, 2)."""
-    if branch_scales is None:
-        return y
-    of_token = jnp.repeat(branch_scales[:, branch], y.shape[0] // branch_scales.shape[0])
-    return y * of_token.astype(y.dtype)[:, None]
+def of_sample(written: tuple[Array | None, Array | None], scales: Array | None, branch: int) -> tuple[Any, Any]:
+    """What a branch writes, (N, R) and a bias (R,) or None, times its sample's scale, of (B, 2) or None for all ones."""
+    if scales is None:
+        return written
+    y, bias = written
+    assert y is not None
+    y = y if bias is None else y + bias.astype(y.dtype)[None]
+    of_token = jnp.repeat(scales[:, branch], y.shape[0] // scales.shape[0])
+    return y * of_token.astype(y.dtype)[:, None], None

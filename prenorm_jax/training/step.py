@@ -26,8 +26,12 @@ Metrics = dict[str, jax.Array]
 
 # Options of XLA, by backend, that pay in this step (docs/performance.md has the figures).
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
-    # Products go to cuBLASLt from the start, which then takes the bias and the residual addition into them.
-    "gpu": {"xla_gpu_enable_triton_gemm": False},
+    "gpu": {
+        # Products go to cuBLASLt from the start, which then takes bias, GELU and residual addition into them.
+        "xla_gpu_enable_triton_gemm": False,
+        # Products that read the same array stay apart: what comes out of a merged one has to be cut into pieces, which are copies.
+        "xla_gpu_dot_merger_threshold_mb": 0,
+    },
 }
 
 
