@@ -50,7 +50,7 @@ class GPT(nnx.Module):
           position: how many tokens the cache holds already.
 
         Returns: logits (B, L, padded_vocab), float32 or wider, of which the first vocab_size columns mean something; and
-          {"main_branch": (depth + 1, B, L, R), "cache": the cache with these tokens, or None}.
+          {"main_branch": (depth + 1, B, L, R), "last": (B, L, R), its last, "cache": the cache with these tokens, or None}.
         Raises: ValueError for more tokens than the context.
         """
         config, this = self.config, variant(self.config)
@@ -70,7 +70,8 @@ class GPT(nnx.Module):
         # Behind a barrier the product stores its logits in its own dtype; without, XLA has it store them wide.
         logits = jax.lax.optimization_barrier(logits)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)).reshape(batch, length, -1)
-        return logits, {"main_branch": states.reshape(len(states), batch, length, -1), "cache": cache}
+        x = x.reshape(batch, length, -1)
+        return logits, {"main_branch": states.reshape(len(states), *x.shape), "last": x, "cache": cache}
 
     def _tied_logits(self, x: Array) -> Array:
         n = variant(self.config).norm_in_pre_ln(x, *self.norm.leaves(), eps=self.config.eps)

@@ -70,7 +70,8 @@ class ViT(nnx.Module):
         self.config = config
 
     def __call__(self, images: Array) -> tuple[Array, dict[str, Array]]:
-        """Returns logits (B, classes), or features where there is no head, float32 or wider, and {"main_branch": (depth + 1, B, L, R)}.
+        """Returns logits (B, classes), or features where there is no head, float32 or wider, and {"main_branch":
+        (depth + 1, B, L, R), before and after every block, "last": (B, L, R), after the last one}.
 
         Raises: ValueError for images of another shape than the config's.
         """
@@ -91,9 +92,11 @@ class ViT(nnx.Module):
         x = jnp.pad(x, [(0, 0), (0, length - tokens), (0, 0)]).reshape(batch * length, -1)
         seen = tokens if length > tokens else None
         x, states, _ = blocks.run(self.blocks, x, batch, length=seen, remat=config.remat)
-        logits = self._head(self._pooled(x.reshape(batch, length, -1)))
+        x = x.reshape(batch, length, -1)
+        logits = self._head(self._pooled(x))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        return logits, {"main_branch": states.reshape(len(states), batch, length, -1)[:, :, :tokens]}
+        states = states.reshape(len(states), *x.shape)[:, :, :tokens]
+        return logits, {"main_branch": states, "last": x[:, :tokens]}
 
     def _positions(self) -> Array:
         """What is added to the tokens, (L, R): nothing to those that the table has no row for."""

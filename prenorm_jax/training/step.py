@@ -18,6 +18,7 @@ import optax
 
 from prenorm_jax import models
 from prenorm_jax.models.config import GPTConfig, ViTConfig
+from prenorm_jax.training import guards
 from prenorm_jax.training.tasks import Task, without_smoothing
 
 Params = Any
@@ -71,15 +72,18 @@ def make_train_step(
     """A jitted (state, batch) -> (state, metrics); the state is donated.
 
     batch: "inputs" (B, ...), "targets" (B, ...), "weights" (B,) with B a multiple of `accumulate`. The loss is the
-    weighted mean over the batch whatever `accumulate` is. metrics: the task's values as weighted means, and
-    "grad_norm" before clipping, each ().
+    weighted mean over the batch whatever `accumulate` is. metrics: the task's values as weighted means, "grad_norm"
+    before clipping, "main_branch_mean" (see there) where the variant's main branch can have one, and "finite": whether the
+    loss and the gradient are. Where they are not, parameters and optimizer stay as they were. Each ().
     """
 
     def weighted_values(running: Params, batch: dict[str, jax.Array], total: jax.Array) -> tuple[jax.Array, Metrics]:
-        logits, _ = models.apply(model, running, batch["inputs"])
+        logits, intermediates = models.apply(model, running, batch["inputs"])
         shares = batch["weights"] / total
         with jax.named_scope("loss"):
             values = {name: (value * shares).sum() for name, value in task.judge(logits, batch["targets"]).items()}
+        if model.norm != "pre_crmsnorm":
+            values["main_branch_mean"] = (main_branch_mean(intermediates["last"]) * shares).sum()
         return values["loss"], values
 
     def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
@@ -98,9 +102,25 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        return State(params, opt_state, state.step + 1), {**metrics, "grad_norm": optax.tree.norm(grads)}
+            norm = optax.tree.norm(grads)
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+            params, opt_state = guards.keep_where(finite, (params, opt_state), (state.params, state.opt_state))
+        return State(params, opt_state, state.step + 1), {**metrics, "grad_norm": norm, "finite": finite}
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
+
+
+def main_branch_mean(x: jax.Array) -> jax.Array:
+    """(B, L, R) main branch -> (B,) float32: |mean| / root mean square over the lanes of a token, mean over the tokens.
+
+    Zero where the main branch is centered; what a LayerNorm has to remove, and what low precision loses digits to.
+
+    >>> main_branch_mean(jnp.array([[[1.0, -1.0], [2.0, 2.0]]])).tolist()
+    [0.5]
+    """
+    wide = x.astype(jnp.float32)
+    square = jnp.square(wide).mean(-1)
+    return (jnp.abs(wide.mean(-1)) * jax.lax.rsqrt(square + jnp.finfo(jnp.float32).tiny)).mean(-1)
 
 
 def make_eval_step(model: ViTConfig | GPTConfig, task: Task) -> Callable[[Params, dict[str, jax.Array]], Metrics]:
