@@ -16,9 +16,11 @@ from prenorm_jax.training import checkpoints, loop
 from prenorm_jax.training.command_line import Flags, read_config
 from prenorm_jax.training.compilation_cache import use_compilation_cache
 from prenorm_jax.training.data import DataError
+from prenorm_jax.training.disk import DiskFull
 from prenorm_jax.training.experiment import Experiment
 from prenorm_jax.training.initial import initial_params
 from prenorm_jax.training.interrupts import Interrupted
+from prenorm_jax.training.lost import ProcessLost, leave
 
 
 def read_flags(argv: Sequence[str]) -> tuple[Experiment, pathlib.Path]:
@@ -37,7 +39,7 @@ def run(experiment: Experiment, workdir: pathlib.Path) -> None:
         params = loop.train(experiment, workdir)
     elif checkpoints.latest(workdir):
         checkpoints.refuse_other_model(workdir, experiment)
-        params = checkpoints.load(workdir).params
+        params = checkpoints.load(workdir, into=experiment).params
     else:
         params = initial_params(experiment)
     if experiment.compare.enabled:
@@ -50,12 +52,18 @@ def main(argv: Sequence[str]) -> int:
     use_compilation_cache()
     try:
         run(*read_flags(argv))
-    except (ConfigError, DataError, FloatingPointError, Interrupted) as error:
+    except Interrupted as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return error.status if isinstance(error, Interrupted) else 1 if isinstance(error, FloatingPointError) else 2
+        return error.status
+    except (ConfigError, DataError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return leave(2)
+    except (FloatingPointError, DiskFull, ProcessLost) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return leave(1)
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
-        return 130
+        return leave(130)
     return 0
 
 

@@ -21,6 +21,7 @@ Bytes of the other parts, each tensor read once and written once, a and p the by
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -85,11 +86,10 @@ def flops_per_step(config: ViTConfig | GPTConfig, batch: int) -> float:
     return sum(each.full for each in operations(config, batch, training=True))
 
 
-def peak_flops() -> float | None:
-    """bf16 operations a second of all devices of this run, or None where a kind is not in `PEAK_FLOPS`."""
-    peaks = [PEAK_FLOPS.get(device.device_kind) for device in jax.devices()]
-    known = [peak for peak in peaks if peak is not None]
-    return sum(known) if len(known) == len(peaks) else None
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """bf16 operations a second of these devices together, or None where a kind is not in `PEAK_FLOPS`."""
+    peaks = [PEAK_FLOPS[device.device_kind] for device in devices if device.device_kind in PEAK_FLOPS]
+    return sum(peaks) if len(peaks) == len(devices) else None
 
 
 def operations(

@@ -8,6 +8,7 @@ what is allowed.
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from collections.abc import Mapping
 
@@ -110,8 +111,14 @@ class Train:
     coordinates: "pre_ln" trains the Pre-LN parameters and maps them inside the loss; "native" trains the variant's own.
     log_every, eval_every, checkpoint_every: in steps; 0 for the latter two means after the last step alone.
     eval_examples: held-out examples of one evaluation; 0 means all of them.
-    keep: how many checkpoints stay on disk.
-    init_from: a folder that `prenorm import` wrote, whose parameters training begins with; empty means random ones.
+    keep: how many checkpoints stay on disk, the newest.
+    keep_best: how many stay besides, the best by the held-out best_by (loss or accuracy); every checkpoint is evaluated then.
+    restart_optimizer: whether a checkpoint in other coordinates may be continued, with mapped parameters and an optimizer that begins anew.
+    skip_nonfinite: how many steps whose loss or gradient is not finite a run may leave out before it stops.
+    init_from: whose parameters training begins with: a folder that `prenorm import` wrote, or the workdir of a run of the same model in
+      any variant and coordinates; empty means random ones.
+    profile: steps to trace, "10:13" for 10, 11 and 12, into the workdir's profile/; empty means none.
+    wandb: off, offline or online: whether rows go to Weights & Biases too, into the project wandb_project.
     """
 
     steps: int = 1000
@@ -126,13 +133,29 @@ class Train:
     eval_examples: int = 0
     checkpoint_every: int = 200
     keep: int = 2
+    keep_best: int = 0
+    best_by: str = "loss"
+    restart_optimizer: bool = False
+    skip_nonfinite: int = 0
     init_from: str = ""
+    profile: str = ""
+    wandb: str = "off"
+    wandb_project: str = "prenorm_jax"
 
     def __post_init__(self) -> None:
         least_one = ("steps", "batch_size", "accumulate", "log_every", "eval_batch_size", "keep")
-        least_zero = ("seed", "eval_every", "eval_examples", "checkpoint_every")
+        least_zero = ("seed", "eval_every", "eval_examples", "checkpoint_every", "keep_best", "skip_nonfinite")
         _require_numbers(self, "train", {**dict.fromkeys(least_one, 1), **dict.fromkeys(least_zero, 0)})
         require_one_of("train.coordinates", self.coordinates, COORDINATES)
+        require_one_of("train.best_by", self.best_by, ("loss", "accuracy"))
+        require_one_of("train.wandb", self.wandb, ("off", "offline", "online"))
+        traced = re.fullmatch(r"(\d+):(\d+)", self.profile)
+        require(
+            not self.profile or (traced is not None and 0 < int(traced[1]) < int(traced[2])),
+            "train.profile",
+            self.profile,
+            "FIRST:END, as in 10:13 for steps 10, 11 and 12",
+        )
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "0 or more, below 1")
         require(
             self.batch_size % self.accumulate == 0,
@@ -140,6 +163,10 @@ class Train:
             self.accumulate,
             f"a divisor of train.batch_size = {self.batch_size}",
         )
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether what is done `every` so many steps, and behind the last one, is done behind `step`; 0: behind the last one alone."""
+        return step == self.steps or (every > 0 and step % every == 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,6 +213,10 @@ class Experiment:
             "model.head",
             has_head,
             "True: images are classified (prenorm import --classes N gives a new head)",
+        )
+        scores = ("loss", "accuracy") if self.task == "image_classification" else ("loss",)
+        require(
+            self.train.best_by in scores, "train.best_by", self.train.best_by, f"loss for config.task = {self.task}"
         )
         require(
             self.optimizer.warmup_steps < self.train.steps,
