@@ -13,12 +13,12 @@ import rich.console
 
 from prenorm_jax import models
 from prenorm_jax.models.config import require
-from prenorm_jax.training import checkpoints, data, metrics
+from prenorm_jax.training import checkpoints, data, metrics, sharding
 from prenorm_jax.training.experiment import Experiment, as_tree
 from prenorm_jax.training.initial import initial_params
 from prenorm_jax.training.interrupts import Interrupted, Interrupts
 from prenorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from prenorm_jax.training.step import Params, State, init_state, make_eval_step, make_train_step
+from prenorm_jax.training.step import Params, State, abstract_state, init_state, judged_params, make_eval_step, make_train_step
 from prenorm_jax.training.tasks import Task, task_of
 
 
@@ -29,7 +29,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
     held-out examples every eval_every steps and after the last one. On one platform the same experiment gives the
     same bits, however often it was interrupted.
 
-    Returns: the trained parameters, in experiment.train.coordinates.
+    Returns: the trained parameters, or their moving average where one is kept, in experiment.train.coordinates.
     Raises:
       ConfigError: the workdir holds another model's checkpoint, or the model is `no_norm`. Nothing is written.
       DataError: the data can't be read. Nothing is written.
@@ -57,7 +57,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
         interrupts = stack.enter_context(Interrupts())
         state = run.steps(state, batches, saved, written, progress, interrupts)
     metrics.draw(metrics.read(workdir), workdir / "loss.png", f"{experiment.data.name}, {experiment.model.norm}")
-    return state.params
+    return judged_params(state)
 
 
 class _Run:
@@ -67,18 +67,31 @@ class _Run:
         model, settings = experiment.model, experiment.train
         self.experiment, self.splits = experiment, splits
         self.task: Task = task_of(experiment)
+        self.mesh = sharding.mesh_of(experiment)
         self.tx = make_optimizer(experiment.optimizer, settings.steps)
         self.train_step = make_train_step(
-            model, self.task, self.tx, coordinates=settings.coordinates, accumulate=settings.accumulate
+            model,
+            self.task,
+            self.tx,
+            coordinates=settings.coordinates,
+            accumulate=settings.accumulate,
+            mesh=self.mesh,
         )
-        self.eval_step = make_eval_step(model, self.task)
+        self.eval_step = make_eval_step(model, self.task, self.mesh)
         self.running = jax.jit(lambda params: models.running(params, model, settings.coordinates))
         # All at once: a schedule asked step by step would queue its arithmetic behind the training step on the device.
         schedule = learning_rate_schedule(experiment.optimizer, settings.steps)
         self.learning_rates = np.asarray(jax.vmap(schedule)(np.arange(settings.steps)))
 
     def initial_state(self) -> State:
-        return init_state(initial_params(self.experiment), self.tx)
+        """The state before the first step, each leaf made where the mesh has it."""
+        experiment = self.experiment
+        expected = abstract_state(experiment.model, self.tx, experiment.train.coordinates)
+        places = sharding.state_shardings(expected, experiment.model, self.tx, self.mesh)
+        if not experiment.train.init_from:
+            return jax.jit(lambda: init_state(initial_params(experiment), self.tx), out_shardings=places)()
+        params = jax.device_put(initial_params(experiment), places.params)
+        return jax.jit(lambda params: init_state(params, self.tx), out_shardings=places)(params)
 
     def steps(
         self,
@@ -92,7 +105,7 @@ class _Run:
         settings = self.experiment.train
         log = _Log(self, written, progress)
         for step in range(int(state.step) + 1, settings.steps + 1):
-            state, values = self.train_step(state, next(batches))
+            state, values = self.train_step(state, sharding.whole_batch(next(batches), self.mesh))
             log.dispatched(step, values)
             evaluating = _due(step, settings.eval_every, settings.steps)
             stopping = interrupts.received
@@ -101,7 +114,7 @@ class _Run:
                 # The rows up to this step are on disk before its checkpoint is: resuming there must not lose one.
                 log.drain()
             if evaluating:
-                held_out = self.evaluate(state.params)
+                held_out = self.evaluate(judged_params(state))
                 written.write("eval", step, held_out)
                 text = "  ".join(f"{name} {value:.4g}" for name, value in held_out.items())
                 progress.say(f"step {step}/{settings.steps}  held out: {text}")
@@ -115,21 +128,27 @@ class _Run:
 
     def evaluate(self, params: Params) -> dict[str, float]:
         """The task's summary over the held-out examples (or the first eval_examples of them, in a fixed order)."""
-        return evaluate(self.experiment, self.splits.held_out, self.running(params), self.eval_step)
+        return evaluate(self.experiment, self.splits.held_out, self.running(params), self.eval_step, self.mesh)
 
 
 def evaluate(
-    experiment: Experiment, held_out: data.Examples, running: Params, eval_step: Any = None
+    experiment: Experiment,
+    held_out: data.Examples,
+    running: Params,
+    eval_step: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float]:
     """Means over the held-out examples, summed up in float64, of `running` parameters (what `models.running` returns).
 
     Args:
       eval_step: `make_eval_step(experiment.model, task)`; made here where it is not given.
+      mesh: what `running` lies on; every process holds all of the examples.
     """
     settings, task = experiment.train, task_of(experiment)
     eval_step = eval_step or make_eval_step(experiment.model, task)
     batches = data.eval_batches(held_out, settings.eval_batch_size, settings.eval_examples)
-    sums = [jax.device_get(eval_step(running, batch)) for batch in batches]
+    placed = (sharding.shared_batch(batch, mesh) if mesh else batch for batch in batches)
+    sums = [jax.device_get(eval_step(running, batch)) for batch in placed]
     totals = {name: float(np.sum([part[name] for part in sums], dtype=np.float64)) for name in sums[0]}
     weight = totals.pop("weight")
     return task.summary({name: total / weight for name, total in totals.items()})

@@ -1,0 +1,1 @@
+def of(experiment): return ""
