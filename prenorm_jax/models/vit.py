@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from prenorm_jax.models import blocks
+from prenorm_jax.models import blocks, placement
 from prenorm_jax.models.config import ViTConfig
 from prenorm_jax.models.variants import variant
 
@@ -29,7 +29,8 @@ class Patches(nnx.Module):
         batch, height, width, _ = images.shape
         x = images.reshape(batch, height // size, size, width // size, size, channels).swapaxes(2, 3)
         x = x.reshape(batch, -1, size * size * channels)
-        return x @ self.kernel[...].reshape(-1, lanes).astype(x.dtype) + self.bias[...].astype(x.dtype)[None, None]
+        kernel = placement.gathered(self.kernel[...], placement.PATCHES)
+        return x @ kernel.reshape(-1, lanes).astype(x.dtype) + self.bias[...].astype(x.dtype)[None, None]
 
 
 class Token(nnx.Module):
@@ -80,7 +81,7 @@ class ViT(nnx.Module):
         if images.shape[1:] != expected:
             raise ValueError(f"images: got shape {images.shape}; expected (batch, {', '.join(map(str, expected))})")
         batch = images.shape[0]
-        x = self.patch(images.astype(config.dtype))
+        x = self.patch(placement.examples(images.astype(config.dtype)))
         first = [token.token[...][None] for token in (getattr(self, "class"), self.distilled) if token is not None]
         first += [self.registers.table[...]] if self.registers is not None else []
         if first:
@@ -91,7 +92,7 @@ class ViT(nnx.Module):
         tokens, length = config.tokens, blocks.even_length(config, config.tokens)
         x = jnp.pad(x, [(0, 0), (0, length - tokens), (0, 0)]).reshape(batch * length, -1)
         seen = tokens if length > tokens else None
-        x, states, _ = blocks.run(self.blocks, x, batch, length=seen, remat=config.remat)
+        x, states, _ = blocks.run(self.blocks, x, batch, length=seen, remat=config.recomputes)
         x = x.reshape(batch, length, -1)
         logits = self._head(self._pooled(x))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
@@ -103,7 +104,7 @@ class ViT(nnx.Module):
         config = self.config
         if self.position is None:
             return variant(config).write(sincos(config))
-        table = self.position.table[...]
+        table = placement.gathered(self.position.table[...], placement.POSITIONS)
         missing = config.tokens - config.position_rows
         if not missing:
             return table

@@ -57,13 +57,15 @@ def mapped(params: Any, then: Experiment, now: Experiment) -> Any:
         ) from None
 
 
-def restarted(fresh: optax.OptState, updates: int) -> optax.OptState:
-    """A fresh optimizer state whose learning rate goes on as behind `updates` updates."""
+def restarted(fresh: optax.OptState, params: Any, updates: int) -> optax.OptState:
+    """A fresh optimizer state whose learning rate goes on as behind `updates` updates, and whose average, if it keeps one, is `params`."""
 
     def is_schedule(path: Any, value: Any) -> bool:
         return getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
 
-    return optax.tree_utils.tree_set(fresh, is_schedule, count=jnp.int32(updates))
+    state = optax.tree_utils.tree_set(fresh, is_schedule, count=jnp.int32(updates))
+    keeps_average = optax.tree.get(state, "average", None) is not None
+    return optax.tree.set(state, average=jax.tree.map(jnp.copy, params)) if keeps_average else state
 
 
 def differ(then: Experiment, now: Experiment) -> str | None:

@@ -25,7 +25,8 @@ from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training import charts, items, keeping
 from prenorm_jax.training.experiment import Experiment, as_tree, differences, read_experiment
 from prenorm_jax.training.fingerprints import fingerprints, of_text
-from prenorm_jax.training.step import Params, State
+from prenorm_jax.training.optimizer import make_optimizer
+from prenorm_jax.training.step import Params, State, abstract_state, judged_params
 
 Result = TypeVar("Result")
 
@@ -141,16 +142,14 @@ class Checkpoints:
         wanted = {"parameters": jax.tree.map(_beside(initial), shapes)}
         if not others:
             wanted["optimizer"] = jax.tree.map(_beside(initial), initial.opt_state)
-        arrays = self._manager.restore(
-            step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(like) for name, like in wanted.items()})
-        )
+        arrays = _arrays(self._manager, step, wanted)
         position = {"skipped": 0, **items.read_json(self._manager, step, "position")}
-        items.require_as_written(self._manager, step, found, {name: arrays[name] for name in wanted}, position)
+        items.require_as_written(self._manager, step, found, arrays, position)
         taken = jax.device_put(np.int32(position["step"]), initial.step.sharding)
         if not others:
             return State(arrays["parameters"], arrays["optimizer"], taken), position, ()
         params = jax.jit(lambda params: charts.mapped(params, then, now))(arrays["parameters"])
-        opt_state = charts.restarted(initial.opt_state, position["step"] - position["skipped"])
+        opt_state = charts.restarted(initial.opt_state, params, position["step"] - position["skipped"])
         note = f"optimizer begins anew at step {step}: {others}; parameters are mapped, moments have no map, the learning rate goes on"
         return (
             State(charts.placed(params, initial.params), charts.placed(opt_state, initial.opt_state), taken),
@@ -216,12 +215,12 @@ def refuse_other_model(workdir: pathlib.Path, experiment: Experiment) -> list[st
     then = read_experiment(found[1]["experiment"])
     charts.refuse(workdir, then, experiment)
     before, now = as_tree(then), as_tree(experiment)
-    sections = [name for name in now if name not in ("task", "compare")]
+    sections = [name for name in now if name not in ("task", "compare", "estimate")]
     return differences({name: before[name] for name in sections}, {name: now[name] for name in sections})
 
 
 def load(workdir: pathlib.Path, into: Experiment | None = None, step: int | None = None) -> Loaded:
-    """A checkpoint's parameters: of `step`, or the newest that is whole.
+    """A checkpoint's parameters, or their moving average where one was kept: of `step`, or the newest that is whole.
 
     Args:
       into: the experiment in whose coordinates they are wanted; None: in their own.
@@ -232,11 +231,12 @@ def load(workdir: pathlib.Path, into: Experiment | None = None, step: int | None
     def read(manager: ocp.CheckpointManager, step: int) -> Loaded:
         found = items.read_stamp(manager, step)
         experiment = read_experiment(found["experiment"])
-        coordinates = experiment.train.coordinates
-        expected = jax.eval_shape(lambda: models.init(experiment.model, 0, coordinates))
-        args = ocp.args.Composite(parameters=ocp.args.StandardRestore(jax.tree.map(_like, expected)))
-        params = manager.restore(step, args=args)["parameters"]
-        items.require_as_written(manager, step, found, {"parameters": params})
+        coordinates, settings = experiment.train.coordinates, experiment.optimizer
+        expected = abstract_state(experiment.model, make_optimizer(settings, experiment.train.steps), coordinates)
+        wanted = {"parameters": expected.params, **({"optimizer": expected.opt_state} if settings.average else {})}
+        trees = _arrays(manager, step, jax.tree.map(_like, wanted))
+        items.require_as_written(manager, step, found, trees)
+        params = judged_params(State(trees["parameters"], trees.get("optimizer"), expected.step))
         if into is None:
             return Loaded(experiment, coordinates, params, step)
         return Loaded(into, into.train.coordinates, charts.mapped(params, experiment, into), step)
@@ -286,6 +286,13 @@ def _agreed(read: Callable[[], Result]) -> tuple[str, Result | None]:
     if jax.process_count() > 1 and not np.all(multihost_utils.process_allgather(np.asarray(found is not None))):
         return line or "another process can't read it", None
     return line, found
+
+
+def _arrays(manager: ocp.CheckpointManager, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+    """Items of arrays, shaped and placed as `like` says."""
+    args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in like.items()})
+    found = manager.restore(step, args=args)
+    return {name: found[name] for name in like}
 
 
 def _none_readable(workdir: pathlib.Path, damaged: Mapping[int, str]) -> str:

@@ -81,6 +81,8 @@ class Optimizer:
     """AdamW (Loshchilov & Hutter, 2019) behind clipping by global norm, on a linear warm-up and a cosine decay.
 
     learning_rate is the peak; the cosine ends at learning_rate * final_fraction. clip_norm = 0 means no clipping.
+    average: beside the weights a moving average of them is kept, average <- average * this + weights * (1 - this), after each step; it is
+      what is evaluated, and what a run returns. 0 means none.
     """
 
     learning_rate: float = 1e-3
@@ -91,13 +93,14 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         _require_numbers(
             self, "optimizer", {"learning_rate": 0, "warmup_steps": 0, "eps": 0, "weight_decay": 0, "clip_norm": 0}
         )
         require(0 <= self.final_fraction <= 1, "optimizer.final_fraction", self.final_fraction, "0 to 1")
-        for field in ("b1", "b2"):
+        for field in ("b1", "b2", "average"):
             value = getattr(self, field)
             require(0 <= value < 1, f"optimizer.{field}", value, "0 or more and less than 1")
 
@@ -170,6 +173,23 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """The devices of a run, in three axes whose product is their number; in one process it may be less.
+
+    data: copies of the model, each on examples of its own; 0 means what the other two leave.
+    fsdp: like data, but each holds a share of the weights and of the optimizer's state, and gathers a weight where it is used.
+    tensor: how many devices work on one example: they share its heads, the columns of its MLPs, and the vocabulary.
+    """
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        _require_numbers(self, "mesh", {"data": 0, "fsdp": 1, "tensor": 1})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Compare:
     """The comparison of the variants after a run: interleaved windows of timed steps, the same weights in each variant.
 
@@ -190,14 +210,19 @@ class Compare:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Everything that a run depends on. The class of `model` follows from `task`: ViTConfig or GPTConfig."""
+    """Everything that a run depends on. The class of `model` follows from `task`: ViTConfig or GPTConfig.
+
+    estimate: says what a device would hold and do, for the mesh asked for and others, and trains nothing.
+    """
 
     task: str
     model: ViTConfig | GPTConfig
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
+    mesh: Mesh = Mesh()
     compare: Compare = Compare()
+    estimate: bool = False
 
     def __post_init__(self) -> None:
         require_one_of("task", self.task, TASKS)
@@ -253,12 +278,14 @@ def read_experiment(tree: Mapping[str, object]) -> Experiment:
             "data": Data,
             "optimizer": Optimizer,
             "train": Train,
+            "mesh": Mesh,
             "compare": Compare,
         }
         for key in tree:
-            _require_known(key, key, ("task", *sections))
+            _require_known(key, key, ("task", "estimate", *sections))
         records = {name: _read_record(kind, name, tree.get(name, {})) for name, kind in sections.items()}
-        return Experiment(task=str(tree["task"]), **records)  # type: ignore[arg-type]
+        estimate = _read_value("estimate", tree.get("estimate", False), bool)
+        return Experiment(task=str(tree["task"]), estimate=estimate, **records)  # type: ignore[arg-type]
     except ConfigError as error:
         raise ConfigError(f"config.{error}") from None
 

@@ -1,7 +1,7 @@
 """Rows of training steps: what a step returned, and how fast the steps are."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
@@ -21,13 +21,13 @@ class Log:
         guard: Guard,
         written: metrics.Metrics,
         progress: metrics.Progress,
-        devices: int,
+        devices: Iterable[jax.Device],
     ) -> None:
-        """learning_rates: of each update; a skipped step is none. devices: how many a step runs on."""
+        """learning_rates: of each update; a skipped step is none. devices: what a step runs on."""
         self._experiment, self._learning_rates, self._guard = experiment, learning_rates, guard
         self._written, self._progress = written, progress
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
-        peak = counts.peak_flops(jax.devices()[:devices])
+        peak = counts.peak_flops(list(devices))
         flops = counts.flops_per_step(experiment.model, experiment.train.batch_size)
         self._seconds_at_peak = flops / peak if peak else None
         self.restart_clock()

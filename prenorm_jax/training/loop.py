@@ -12,7 +12,7 @@ import rich.console
 
 from prenorm_jax import models
 from prenorm_jax.models.config import require
-from prenorm_jax.training import boards, checkpoints, data, metrics, summary
+from prenorm_jax.training import boards, checkpoints, data, metrics, sharding, summary
 from prenorm_jax.training.disk import full_disks_told
 from prenorm_jax.training.experiment import Experiment, as_tree
 from prenorm_jax.training.guards import Guard
@@ -23,7 +23,15 @@ from prenorm_jax.training.log import Log
 from prenorm_jax.training.lost import lost_processes_told
 from prenorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from prenorm_jax.training.profile import Profile
-from prenorm_jax.training.step import Params, State, init_state, make_eval_step, make_train_step
+from prenorm_jax.training.step import (
+    Params,
+    State,
+    abstract_state,
+    init_state,
+    judged_params,
+    make_eval_step,
+    make_train_step,
+)
 from prenorm_jax.training.tasks import Task, task_of
 
 
@@ -35,7 +43,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
     eval_every steps and after the last one. On one platform the same experiment gives the same bits, however often it
     was interrupted. Of several processes, all call this with the same arguments; the first one writes.
 
-    Returns: the trained parameters, in experiment.train.coordinates.
+    Returns: the trained parameters, or their moving average where one is kept, in experiment.train.coordinates.
     Raises:
       ConfigError: the workdir holds another model's checkpoint, or one in other coordinates; another process uses it;
         the model is `no_norm`; a library that was asked for is missing. Nothing is written.
@@ -70,14 +78,13 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
         written = stack.enter_context(rows)
         progress = stack.enter_context(metrics.Progress(console, start, settings.steps))
         guard = Guard(settings.skip_nonfinite, restored.skipped)
-        devices = len(restored.state.step.sharding.device_set)
-        log = Log(experiment, run.learning_rates, guard, written, progress, devices)
+        log = Log(experiment, run.learning_rates, guard, written, progress, run.mesh.devices.flat)
         profile = stack.enter_context(contextlib.closing(Profile(workdir, settings.profile)))
         interrupts = stack.enter_context(Interrupts())
         state = run.steps(restored.state, batches, saved, log, guard, profile, interrupts)
         if first:
             summary.write(workdir, experiment)
-    return state.params
+    return judged_params(state)
 
 
 class _Run:
@@ -87,18 +94,31 @@ class _Run:
         model, settings = experiment.model, experiment.train
         self.experiment, self.splits = experiment, splits
         self.task: Task = task_of(experiment)
+        self.mesh = sharding.mesh_of(experiment)
         self.tx = make_optimizer(experiment.optimizer, settings.steps)
         self.train_step = make_train_step(
-            model, self.task, self.tx, coordinates=settings.coordinates, accumulate=settings.accumulate
+            model,
+            self.task,
+            self.tx,
+            coordinates=settings.coordinates,
+            accumulate=settings.accumulate,
+            mesh=self.mesh,
         )
-        self.eval_step = make_eval_step(model, self.task)
+        self.eval_step = make_eval_step(model, self.task, self.mesh)
         self.running = jax.jit(lambda params: models.running(params, model, settings.coordinates))
         # All at once: a schedule asked step by step would queue its arithmetic behind the training step on the device.
         schedule = learning_rate_schedule(experiment.optimizer, settings.steps)
         self.learning_rates = np.asarray(jax.vmap(schedule)(np.arange(settings.steps)))
 
     def initial_state(self) -> State:
-        return init_state(initial_params(self.experiment), self.tx)
+        """The state before the first step, each leaf made where the mesh has it."""
+        experiment = self.experiment
+        expected = abstract_state(experiment.model, self.tx, experiment.train.coordinates)
+        places = sharding.state_shardings(expected, experiment.model, self.tx, self.mesh)
+        if not experiment.train.init_from:
+            return jax.jit(lambda: init_state(initial_params(experiment), self.tx), out_shardings=places)()
+        params = jax.device_put(initial_params(experiment), places.params)
+        return jax.jit(lambda params: init_state(params, self.tx), out_shardings=places)(params)
 
     def steps(
         self,
@@ -112,7 +132,7 @@ class _Run:
     ) -> State:
         settings = self.experiment.train
         for step in range(int(state.step) + 1, settings.steps + 1):
-            batch = next(batches)
+            batch = sharding.whole_batch(next(batches), self.mesh)
             with profile.step(step):
                 state, values = self.train_step(state, batch)
             log.dispatched(step, values)
@@ -127,7 +147,7 @@ class _Run:
                 continue
             # The rows up to this step are on disk before its checkpoint is: resuming there must not lose one.
             log.drain()
-            held_out = self.evaluate(state.params) if evaluating else None
+            held_out = self.evaluate(judged_params(state)) if evaluating else None
             if held_out is not None:
                 log.evaluated(step, held_out)
             if saving:
@@ -139,21 +159,27 @@ class _Run:
 
     def evaluate(self, params: Params) -> dict[str, float]:
         """The task's summary over the held-out examples (or the first eval_examples of them, in a fixed order)."""
-        return evaluate(self.experiment, self.splits.held_out, self.running(params), self.eval_step)
+        return evaluate(self.experiment, self.splits.held_out, self.running(params), self.eval_step, self.mesh)
 
 
 def evaluate(
-    experiment: Experiment, held_out: data.Examples, running: Params, eval_step: Any = None
+    experiment: Experiment,
+    held_out: data.Examples,
+    running: Params,
+    eval_step: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float]:
     """Means over the held-out examples, summed up in float64, of `running` parameters (what `models.running` returns).
 
     Args:
       eval_step: `make_eval_step(experiment.model, task)`; made here where it is not given.
+      mesh: what `running` lies on; every process holds all of the examples.
     """
     settings, task = experiment.train, task_of(experiment)
     eval_step = eval_step or make_eval_step(experiment.model, task)
     batches = data.eval_batches(held_out, settings.eval_batch_size, settings.eval_examples)
-    sums = [jax.device_get(eval_step(running, batch)) for batch in batches]
+    placed = (sharding.shared_batch(batch, mesh) if mesh else batch for batch in batches)
+    sums = [jax.device_get(eval_step(running, batch)) for batch in placed]
     totals = {name: float(np.sum([part[name] for part in sums], dtype=np.float64)) for name in sums[0]}
     weight = totals.pop("weight")
     return task.summary({name: total / weight for name, total in totals.items()})

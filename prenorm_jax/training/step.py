@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import optax
 
 from prenorm_jax import models
+from prenorm_jax.models import placement
 from prenorm_jax.models.config import GPTConfig, ViTConfig
-from prenorm_jax.training import guards
+from prenorm_jax.training import guards, sharding
 from prenorm_jax.training.tasks import Task, without_smoothing
 
 Params = Any
@@ -61,6 +62,17 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> State:
     return State(params, tx.init(params), jnp.zeros((), jnp.int32))
 
 
+def abstract_state(model: ViTConfig | GPTConfig, tx: optax.GradientTransformation, coordinates: str) -> State:
+    """Shapes and dtypes of a state; allocates nothing."""
+    return jax.eval_shape(lambda: init_state(models.init(model, 0, coordinates), tx))
+
+
+def judged_params(state: State) -> Params:
+    """What a state is judged by: the moving average of its parameters where the optimizer keeps one, else they themselves."""
+    average = optax.tree.get(state.opt_state, "average", None)
+    return state.params if average is None else average
+
+
 def make_train_step(
     model: ViTConfig | GPTConfig,
     task: Task,
@@ -68,13 +80,17 @@ def make_train_step(
     *,
     coordinates: str = "pre_ln",
     accumulate: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
     """A jitted (state, batch) -> (state, metrics); the state is donated.
 
     batch: "inputs" (B, ...), "targets" (B, ...), "weights" (B,) with B a multiple of `accumulate`. The loss is the
-    weighted mean over the batch whatever `accumulate` is. metrics: the task's values as weighted means, "grad_norm"
+    weighted mean over the batch whatever `accumulate` and the mesh are. metrics: the task's values as weighted means, "grad_norm"
     before clipping, "main_branch_mean" (see there) where the variant's main branch can have one, and "finite": whether the
     loss and the gradient are. Where they are not, parameters and optimizer stay as they were. Each ().
+
+    Args:
+      mesh: what the state and the batch lie on (sharding.state_shardings, sharding.batch_sharding); None: on one device.
     """
 
     def weighted_values(running: Params, batch: dict[str, jax.Array], total: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -86,10 +102,16 @@ def make_train_step(
             values["main_branch_mean"] = (main_branch_mean(intermediates["last"]) * shares).sum()
         return values["loss"], values
 
+    @jax.named_scope("weight_map")
+    def to_running(params: Params) -> Params:
+        running = models.running(params, model, coordinates)
+        if mesh is None:
+            return running
+        # Split as they are stored: what is mapped, and in the backward pass its gradient, stays a share.
+        return jax.lax.with_sharding_constraint(running, sharding.param_shardings(running, model, mesh))
+
     def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
-        running, pull_back = jax.vjp(
-            jax.named_scope("weight_map")(lambda params: models.running(params, model, coordinates)), state.params
-        )
+        running, pull_back = jax.vjp(to_running, state.params)
         total = batch["weights"].sum()
         gradient = jax.grad(weighted_values, has_aux=True)
         if accumulate == 1:
@@ -107,7 +129,21 @@ def make_train_step(
             params, opt_state = guards.keep_where(finite, (params, opt_state), (state.params, state.opt_state))
         return State(params, opt_state, state.step + 1), {**metrics, "grad_norm": norm, "finite": finite}
 
-    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
+    if mesh is None:
+        return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
+
+    def train_step_on_mesh(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
+        with placement.within(mesh):
+            return train_step(state, batch)
+
+    places = sharding.state_shardings(abstract_state(model, tx, coordinates), model, tx, mesh)
+    return jax.jit(
+        train_step_on_mesh,
+        donate_argnums=0,
+        in_shardings=(places, sharding.batch_sharding(mesh)),
+        out_shardings=(places, sharding.everywhere(mesh)),
+        compiler_options=compiler_options(),
+    )
 
 
 def main_branch_mean(x: jax.Array) -> jax.Array:
@@ -123,7 +159,9 @@ def main_branch_mean(x: jax.Array) -> jax.Array:
     return (jnp.abs(wide.mean(-1)) * jax.lax.rsqrt(square + jnp.finfo(jnp.float32).tiny)).mean(-1)
 
 
-def make_eval_step(model: ViTConfig | GPTConfig, task: Task) -> Callable[[Params, dict[str, jax.Array]], Metrics]:
+def make_eval_step(
+    model: ViTConfig | GPTConfig, task: Task, mesh: jax.sharding.Mesh | None = None
+) -> Callable[[Params, dict[str, jax.Array]], Metrics]:
     """A jitted (running parameters, batch) -> sums over the batch, each ().
 
     The sums are of the task's values without label smoothing, times the weights, and of the weights ("weight"). Running
@@ -132,16 +170,21 @@ def make_eval_step(model: ViTConfig | GPTConfig, task: Task) -> Callable[[Params
     task = without_smoothing(task)
 
     def eval_step(running: Params, batch: dict[str, jax.Array]) -> Metrics:
-        logits, _ = models.apply(model, running, batch["inputs"])
+        with placement.within(mesh):
+            logits, _ = models.apply(model, running, batch["inputs"])
         weights = batch["weights"]
         values = task.judge(logits, batch["targets"])
         return {**{name: (value * weights).sum() for name, value in values.items()}, "weight": weights.sum()}
 
-    return jax.jit(eval_step, compiler_options=compiler_options())
+    placed = {"out_shardings": sharding.everywhere(mesh)} if mesh else {}
+    return jax.jit(eval_step, compiler_options=compiler_options(), **placed)
 
 
 def _split(batch: dict[str, jax.Array], accumulate: int) -> dict[str, jax.Array]:
-    return {key: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]) for key, x in batch.items()}
+    # Every accumulate-th example: so a device finds its examples of each micro-batch among those that it has.
+    return {
+        key: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1) for key, x in batch.items()
+    }
 
 
 def _sum_over_micro_batches(gradient: Callable[[Any], Any], micro_batches: dict[str, jax.Array]) -> Any:

@@ -96,7 +96,9 @@ def test_a_gradient_alone_that_is_not_finite_is_seen():
 
 def test_a_run_stops_names_the_step_and_keeps_the_checkpoint_before_it(experiment, spoilt, tmp_path):
     spoilt(BAD)
-    with pytest.raises(NotFinite, match=f"the loss of step {BAD} is nan; parameters of before it, and no others, are kept"):
+    with pytest.raises(
+        NotFinite, match=f"the loss of step {BAD} is nan; parameters of before it, and no others, are kept"
+    ):
         train(experiment, tmp_path / "run")
     loaded = checkpoints.load(tmp_path / "run")
     assert loaded.step == 6
@@ -121,7 +123,9 @@ def test_skipped_steps_are_counted_over_a_resume(experiment, spoilt, tmp_path):
     spoilt(2, BAD)
     allowed = with_train(experiment, skip_nonfinite=1)
     for _ in range(2):  # the second time from the checkpoint of step 6, which knows of step 2
-        with pytest.raises(NotFinite, match=rf"step {BAD} is nan, after 1 skipped steps \(config.train.skip_nonfinite\)"):
+        with pytest.raises(
+            NotFinite, match=rf"step {BAD} is nan, after 1 skipped steps \(config.train.skip_nonfinite\)"
+        ):
             train(allowed, tmp_path / "run")
     params, _ = train(with_train(experiment, skip_nonfinite=2), tmp_path / "run")
     assert finite(params)
@@ -133,13 +137,12 @@ def test_skipped_steps_are_counted_over_a_resume(experiment, spoilt, tmp_path):
     assert rates[3] == pytest.approx(experiment.optimizer.learning_rate * 5 / 9)
 
 
-def test_parameters_that_overflow_are_not_saved(experiment, tmp_path):
+def test_a_run_that_explodes_leaves_finite_checkpoints(experiment, tmp_path):
     exploding = dataclasses.replace(
         experiment, optimizer=dataclasses.replace(experiment.optimizer, learning_rate=1e38, clip_norm=0.0)
     )
-    with pytest.raises(FloatingPointError, match=r"the parameters of step \d are not finite; checkpoints before it are kept"):
+    with pytest.raises(NotFinite, match=r"the loss of step \d is (nan|inf)"):
         train(with_train(exploding, checkpoint_every=1), tmp_path / "run")
-    # Those of the first steps are huge and finite, and were saved; the first that are not were due to be.
     assert finite(checkpoints.load(tmp_path / "run").params)
 
 

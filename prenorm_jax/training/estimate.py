@@ -1,0 +1,2 @@
+def of(experiment):
+    return ""
