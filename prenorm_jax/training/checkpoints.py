@@ -115,47 +115,52 @@ class Checkpoints:
 
         Raises: ConfigError for a checkpoint of another model or of other coordinates, and where none can be read.
         """
-        steps, damaged = sorted(self._manager.all_steps(), reverse=True), {}
-        for step in steps:
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
             error, found = _agreed(functools.partial(self._read, step, initial))
             if found is None:
                 damaged[step] = error
                 continue
-            notes = [self._set_aside(bad, error, step) for bad, error in damaged.items()]
-            state, position, note = found
+            then, arrays, position = found
+            state, told = self._state(then, arrays, position, initial)
             data.set_state(position["data"])
+            aside = [self._set_aside(bad, why, step) for bad, why in damaged.items()]
             for kept in self._manager.all_steps():
                 self._kept.judged(kept, items.held_out(self._manager, kept))
-            return Restored(state, position["skipped"], (*notes, *note))
+            return Restored(state, position["skipped"], (*aside, *told))
         if damaged:
             raise ConfigError(_none_readable(self._workdir, damaged))
         return Restored(initial, 0, ())
 
-    def _read(self, step: int, initial: State) -> tuple[State, dict[str, Any], tuple[str, ...]]:
+    def _read(self, step: int, initial: State) -> tuple[Experiment, dict[str, Any], dict[str, Any]]:
+        """Whose it is, its arrays, and its position. The optimizer's state is left out where it has no use."""
         found = items.read_stamp(self._manager, step)
-        then, now = read_experiment(found["experiment"]), self._experiment
-        charts.refuse(self._workdir, then, now)
-        others = charts.differ(then, now)
-        shapes = (
-            jax.eval_shape(lambda: models.init(then.model, 0, then.train.coordinates)) if others else initial.params
-        )
-        wanted = {"parameters": jax.tree.map(_beside(initial), shapes)}
-        if not others:
-            wanted["optimizer"] = jax.tree.map(_beside(initial), initial.opt_state)
-        arrays = _arrays(self._manager, step, wanted)
+        then = read_experiment(found["experiment"])
+        charts.refuse(self._workdir, then, self._experiment)
+        params, wanted = initial.params, {}
+        if charts.differ(then, self._experiment):
+            params = jax.eval_shape(lambda: models.init(then.model, 0, then.train.coordinates))
+        else:
+            wanted["optimizer"] = initial.opt_state
+        arrays = _arrays(self._manager, step, jax.tree.map(_beside(initial), {"parameters": params, **wanted}))
         position = {"skipped": 0, **items.read_json(self._manager, step, "position")}
         items.require_as_written(self._manager, step, found, arrays, position)
-        taken = jax.device_put(np.int32(position["step"]), initial.step.sharding)
+        return then, arrays, position
+
+    def _state(
+        self, then: Experiment, arrays: dict[str, Any], position: dict[str, Any], initial: State
+    ) -> tuple[State, list[str]]:
+        step = jax.device_put(np.int32(position["step"]), initial.step.sharding)
+        others = charts.differ(then, self._experiment)
         if not others:
-            return State(arrays["parameters"], arrays["optimizer"], taken), position, ()
-        params = jax.jit(lambda params: charts.mapped(params, then, now))(arrays["parameters"])
+            return State(arrays["parameters"], arrays["optimizer"], step), []
+        params = charts.mapped(arrays["parameters"], then, self._experiment)
         opt_state = charts.restarted(initial.opt_state, params, position["step"] - position["skipped"])
-        note = f"optimizer begins anew at step {step}: {others}; parameters are mapped, moments have no map, the learning rate goes on"
-        return (
-            State(charts.placed(params, initial.params), charts.placed(opt_state, initial.opt_state), taken),
-            position,
-            (note,),
-        )
+        state = State(charts.placed(params, initial.params), charts.placed(opt_state, initial.opt_state), step)
+        return state, [
+            f"optimizer begins anew at step {position['step']}: {others}; parameters are mapped, moments have no map, the learning rate "
+            "goes on"
+        ]
 
     def _set_aside(self, step: int, error: str, instead: int) -> str:
         aside = folder(self._workdir).with_name("damaged") / str(step)
@@ -192,7 +197,9 @@ def stamp(experiment: Experiment) -> dict[str, Any]:
 
 def latest(workdir: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
     """Step and stamp of the newest checkpoint whose stamp can be read, or None where there is none. Writes nothing."""
-    return _read(workdir, lambda manager, step: (step, items.read_stamp(manager, step)))
+    # Quietly: a run tells of damage when it restores.
+    with warnings.catch_warnings(action="ignore"):
+        return _read(workdir, lambda manager, step: (step, items.read_stamp(manager, step)))
 
 
 def best(workdir: pathlib.Path, by: str = "loss") -> int | None:

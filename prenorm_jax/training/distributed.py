@@ -18,6 +18,8 @@ import jax
 from prenorm_jax.models.config import ConfigError, require
 
 KINDS = ("auto", "off", "plain", "slurm", "tpu")
+# After how long without a sign of life one of the processes counts as lost, and the others end.
+HEARTBEAT_SECONDS = 40
 VARIABLES = {"coordinator": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES", "process": "JAX_PROCESS_ID"}
 
 
@@ -97,7 +99,12 @@ def start(how: Start, seconds: int = 300) -> None:
         else {}
     )
     try:
-        jax.distributed.initialize(**arguments, initialization_timeout=seconds)
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=seconds,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        )
     except (RuntimeError, ValueError, OSError) as error:
         line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(

@@ -149,7 +149,7 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path, value):
 
 def test_the_best_are_kept_beside_the_newest_also_over_a_restart(tmp_path):
     experiment = small.experiment(tmp_path / "library", keep=1, keep_best=1)
-    state, batches, tx = saved(tmp_path / "run", experiment, 1)
+    state, batches, _ = saved(tmp_path / "run", experiment, 1)
     losses = {2: 0.5, 3: 0.2, 4: 0.9, 5: 0.8}
     for several in ((2, 3, 4), (5,)):
         with checkpoints.Checkpoints(tmp_path / "run", experiment) as manager:
