@@ -57,7 +57,7 @@ def run(experiment: Experiment, workdir: pathlib.Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0; 2 for what can't be, 1 for a run that failed, 128 + signal for one stopped; a line on stderr for each."""
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # what Orbax logs of an error it raises as well
     use_compilation_cache()
     try:
         run(*read_flags(argv))

@@ -202,10 +202,11 @@ def latest(workdir: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
         return _read(workdir, lambda manager, step: (step, items.read_stamp(manager, step)))
 
 
-def best(workdir: pathlib.Path, by: str = "loss") -> int | None:
-    """Step of the best checkpoint on disk by the held-out "loss" or "accuracy", or None where none was evaluated. Writes nothing."""
+def best(workdir: pathlib.Path) -> int | None:
+    """Step of the best checkpoint on disk, by its run's train.best_by, or None where none was evaluated. Writes nothing."""
 
     def read(manager: ocp.CheckpointManager, step: int) -> int | None:
+        by = read_experiment(items.read_stamp(manager, step)["experiment"]).train.best_by
         found = {step: held_out for step in manager.all_steps() if (held_out := items.held_out(manager, step))}
         order = keeping.best_first({step: keeping.score(values, by) for step, values in found.items()}, found)
         return order[0] if order else None

@@ -188,10 +188,10 @@ def sigkill(room: Room) -> str:
         start = last_step(job.workdir)
         if index % 3 == 2:
             moment = saved_step(job.workdir)
-            wait([process], lambda moment=moment: last_step(job.workdir) > moment + 1 and bool(half_written(job)))
+            wait([process], lambda at=job, moment=moment: last_step(at.workdir) > moment + 1 and bool(half_written(at)))
         else:
             step = room.rng.randrange(start, min(start + 9, room.whole.experiment.train.steps - 4))
-            wait([process], lambda step=step: job.workdir.exists() and last_step(job.workdir) >= step)
+            wait([process], lambda at=job, step=step: last_step(at.workdir) >= step)
             time.sleep(room.rng.random() * 0.05)
         before = saved_step(job.workdir)
         process.send_signal(signal.SIGKILL)
@@ -405,7 +405,7 @@ def full_disk(room: Room) -> str:
         room.require_same(job.workdir)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    return f"exit status 1 at step {reached} ({took:.0f} s in all), one line, checkpoint {kept} and all rows whole; with more room it went on"
+    return f"exit status 1 at step {reached} ({took:.0f} s in all), one line, checkpoint {kept} and all rows whole; with room it went on"
 
 
 def second_process(room: Room) -> str:
