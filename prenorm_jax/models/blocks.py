@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from prenorm_jax.models import hopper, placement
 from prenorm_jax.models.config import ATTENTIONS, Transformer, require_one_of
@@ -39,7 +38,7 @@ class Linear(nnx.Module):
         bias: bool = True,
         layers: tuple[int, ...] = (),
         init: Init | None = None,
-        stored: PartitionSpec = placement.COLUMNS,
+        stored: placement.Place = placement.COLUMNS,
         dtype: str,
         rngs: nnx.Rngs,
     ):

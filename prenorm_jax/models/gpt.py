@@ -58,7 +58,7 @@ class GPT(nnx.Module):
         end = length + (position if isinstance(position, int) else 0)
         if end > config.context:
             raise ValueError(f"tokens: got {end} of them; expected at most the context, {config.context}")
-        table = placement.gathered(self.embed.table[...], placement.ROWS)
+        table = placement.gathered(self.embed.table[...], placement.TABLE)
         x = table[placement.examples(tokens)]
         x = this.write(x) if config.tied else x
         positions = placement.gathered(self.position.table[...], placement.POSITIONS)

@@ -11,7 +11,10 @@ The three flags may also be environment variables, JAX_COORDINATOR_ADDRESS, JAX_
 import argparse
 import dataclasses
 import os
+import sys
+import threading
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -88,26 +91,43 @@ def _found(plain: bool, environment: Mapping[str, str]) -> str:
 
 
 def start(how: Start, seconds: int = 300) -> None:
-    """Joins the other processes, before anything else is asked of JAX. Raises ConfigError where they can't be found in time."""
+    """Joins the other processes, before anything else is asked of JAX.
+
+    Where they can't be found in time this process ends, with one line on stderr and exit status 2: JAX's own way out is to abort.
+    Raises ConfigError where what the environment says can't be.
+    """
     if how.kind == "off":
         return
-    arguments = (
+    arguments: dict[str, Any] = (
         {"coordinator_address": how.coordinator, "num_processes": how.processes, "process_id": how.process}
         if how.kind == "plain"
         else {"cluster_detection_method": "slurm"}
         if how.kind == "slurm"
         else {}
     )
+    watch = threading.Timer(seconds, _give_up, (how, seconds))
+    watch.daemon = True
+    watch.start()
     try:
         jax.distributed.initialize(
             **arguments,
-            initialization_timeout=seconds,
+            initialization_timeout=seconds + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError, OSError) as error:
         line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(
-            f"--distributed={how.kind}: the processes did not find each other in {seconds} s ({line}); "
-            "allowed: as many processes as announced, with different numbers, that reach the first one's port"
-        ) from None
+        raise ConfigError(f"--distributed={how.kind}: {line}; allowed: off, or what JAX can start from") from None
+    finally:
+        watch.cancel()
+
+
+def _give_up(how: Start, seconds: int) -> None:
+    where = f" at {how.coordinator}" if how.kind == "plain" else ""
+    print(
+        f"--distributed={how.kind}: the processes did not find each other{where} in {seconds} s; "
+        "allowed: as many of them as announced, with different numbers, all of which reach the first one's port",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)

@@ -27,16 +27,20 @@ from prenorm_jax.models.placement import (
     PATCHES,
     POSITIONS,
     ROWS,
+    TABLE,
     TENSOR,
+    Place,
     fitted,
+    parts,
 )
 from prenorm_jax.paths import Tree
 from prenorm_jax.training.experiment import Experiment, Mesh
 
 Config = ViTConfig | GPTConfig
-Rules = tuple[tuple[str, PartitionSpec], ...]
+Rules = tuple[tuple[str, Place], ...]
 
-_WHOLE, _SPLIT = PartitionSpec(), PartitionSpec(TENSOR)
+_WHOLE: Place = (PartitionSpec(),)
+_SPLIT: Place = (PartitionSpec(TENSOR),)
 
 # In a stacked model "blocks/" is followed by no number.
 _BLOCKS: Rules = (
@@ -58,7 +62,7 @@ RULES: dict[type, Rules] = {
     ),
     GPTConfig: (
         *_BLOCKS,
-        (r"embed/table", ROWS),
+        (r"embed/table", TABLE),
         (r"head/kernel", COLUMNS),
         (r"head/bias", _SPLIT),
     ),
@@ -118,9 +122,9 @@ def spec_of(path: str, shape: tuple[int, ...], model: Config, sizes: Any) -> Par
     >>> spec_of("blocks/0/mlp/up/kernel", (191, 768), models.vit_config("Ti/16"), sizes)
     PartitionSpec(None, ('tensor', 'fsdp'))
     """
-    for pattern, spec in RULES[type(model)]:
+    for pattern, place in RULES[type(model)]:
         if re.fullmatch(pattern, path):
-            return fitted(spec, shape, sizes) if spec else PartitionSpec()
+            return fitted(place, shape, sizes)
     raise ConfigError(f"parameter {path}: no rule says how it is split over devices; add one to training/sharding.py")
 
 
@@ -187,20 +191,15 @@ def shared_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[
 
 
 def wholes(params: Tree, model: Config, mesh: jax.sharding.Mesh) -> list[str]:
-    """The paths of leaves that a rule splits along "fsdp" or "tensor", and that are whole there because it does not divide them."""
+    """The paths of the leaves that a rule splits, and that are whole along a mesh axis because it does not divide them."""
+    many = math.prod(mesh.shape.values())
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        sizes = {**mesh.shape}
-        got = spec_of(_name(path), leaf.shape, model, sizes)
-        wanted = spec_of(_name(path), tuple(math.prod(sizes.values()) for _ in leaf.shape), model, sizes)
-        if _split(got, sizes) < _split(wanted, sizes):
-            found.append(_name(path))
+        name = _name(path)
+        got, wanted = (spec_of(name, shape, model, mesh.shape) for shape in (leaf.shape, (many,) * leaf.ndim))
+        if parts(got, mesh.shape) < parts(wanted, mesh.shape):
+            found.append(name)
     return found
-
-
-def _split(spec: PartitionSpec, sizes: dict[str, int]) -> int:
-    names = [name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())]
-    return math.prod(sizes[name] for name in names)
 
 
 def _name(path: Any) -> str:
