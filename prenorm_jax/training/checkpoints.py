@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 import prenorm_jax
 from prenorm_jax import models
 from prenorm_jax.models.config import ConfigError
-from prenorm_jax.training import charts, items, keeping
+from prenorm_jax.training import charts, disk, items, keeping
 from prenorm_jax.training.experiment import Experiment, as_tree, differences, read_experiment
 from prenorm_jax.training.fingerprints import fingerprints, of_text
 from prenorm_jax.training.optimizer import make_optimizer
@@ -82,9 +82,15 @@ class Checkpoints:
           skipped: how many of the steps so far changed nothing.
           held_out: values of the evaluation at this step, by which the best checkpoints are kept.
 
-        Raises: FloatingPointError, and saves nothing, for parameters that are not finite.
+        Raises: FloatingPointError, and saves nothing, for parameters that are not finite; NoRoom, and saves nothing, where it would not fit
+          on the disk.
         """
         step = int(state.step)
+        self._manager.wait_until_finished()  # as saving would; what that writes counts below
+        if jax.process_index() == 0:
+            sizes = [disk.taken(path) for path in folder(self._workdir).iterdir()]
+            sizes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+            disk.require_room(folder(self._workdir), max(sizes) * 5 // 4)
         if not _all_finite(state.params):
             raise FloatingPointError(f"the parameters of step {step} are not finite; checkpoints before it are kept")
         position = {"step": step, "data": data.get_state(), "skipped": skipped, "held_out": dict(held_out or {})}

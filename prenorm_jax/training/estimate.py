@@ -126,9 +126,7 @@ def _at_depth(experiment: Experiment, depth: int) -> dict[str, float]:
     settings, task, mesh = experiment.train, task_of(experiment), sharding.make_mesh(experiment.mesh)
     tx = make_optimizer(experiment.optimizer, settings.steps)
     state, batch = abstract_state(model, tx, settings.coordinates), _batch(model, settings.batch_size)
-    step = make_train_step(
-        model, task, tx, coordinates=settings.coordinates, accumulate=settings.accumulate, mesh=mesh
-    )
+    step = make_train_step(model, task, tx, coordinates=settings.coordinates, accumulate=settings.accumulate, mesh=mesh)
     compiled = step.lower(state, batch).compile()  # type: ignore[attr-defined]
 
     def forward_half(running: Any, batch: Any) -> Any:
@@ -198,9 +196,7 @@ def _batch(model: ViTConfig | GPTConfig, size: int) -> dict[str, Any]:
     return {"inputs": pixels, "targets": shape(), "weights": weights}
 
 
-_COLLECTIVE = re.compile(
-    r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-)
+_COLLECTIVE = re.compile(r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 
 def _exchanged(program: str) -> int:
