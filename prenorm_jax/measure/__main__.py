@@ -18,10 +18,11 @@ from typing import Any
 
 import jax
 
-from prenorm_jax.measure import counts, profile, study
+from prenorm_jax.measure import profile, study
 from prenorm_jax.measure.equivalence import Form, Report
 from prenorm_jax.measure.works import FAMILIES, KINDS, work
 from prenorm_jax.models.config import BASES, NORMS, ConfigError
+from prenorm_jax.training import counts
 from prenorm_jax.training.compilation_cache import use_compilation_cache
 from prenorm_jax.training.experiment import COORDINATES
 

@@ -16,12 +16,12 @@ import numpy as np
 import optax
 
 from prenorm_jax import models
-from prenorm_jax.measure import counts
 from prenorm_jax.measure.equivalence import PRE_LN, Config, Form
 from prenorm_jax.measure.step_time import Case, inference_case, training_case
 from prenorm_jax.models import GPTConfig, ViTConfig
 from prenorm_jax.models.config import require, require_one_of
 from prenorm_jax.paths import Tree
+from prenorm_jax.training import counts
 from prenorm_jax.training.experiment import COORDINATES, Optimizer
 from prenorm_jax.training.optimizer import make_optimizer
 from prenorm_jax.training.tasks import ImageClassification, LanguageModelling, Task

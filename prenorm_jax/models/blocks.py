@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prenorm_jax import norms
-from prenorm_jax.models import hopper
+from prenorm_jax.models import hopper, placement
 from prenorm_jax.models.config import ATTENTIONS, Transformer, require_one_of
 from prenorm_jax.models.gelu import gelu
 from prenorm_jax.models.stochastic_depth import of_sample
@@ -40,12 +40,14 @@ class Linear(nnx.Module):
         bias: bool = True,
         layers: tuple[int, ...] = (),
         init: Init | None = None,
+        stored: placement.Place = placement.COLUMNS,
         dtype: str,
         rngs: nnx.Rngs,
     ):
         init = init or normal(1 / math.sqrt(inputs))
         self.kernel = nnx.Param(init(rngs.params(), (*layers, inputs, outputs), jnp.dtype(dtype)))
         self.bias = nnx.Param(jnp.zeros((*layers, outputs), jnp.dtype(dtype))) if bias else None
+        self.stored = stored
 
     def __call__(self, x: Array) -> Array:
         y = self.product(x)
@@ -54,7 +56,7 @@ class Linear(nnx.Module):
     def product(self, x: Array) -> Array:
         """Without the bias."""
         # Behind a barrier the cast (and the weight map before it) stays out of the product, whose kernel then takes bias and residual.
-        return x @ jax.lax.optimization_barrier(self.kernel[...].astype(x.dtype))
+        return x @ jax.lax.optimization_barrier(placement.gathered(self.kernel[...].astype(x.dtype), self.stored))
 
     def apart(self, x: Array) -> tuple[Array, Array | None]:
         """The product, and the bias that is to be added to it."""
@@ -149,7 +151,7 @@ class Attention(nnx.Module):
         self.key = linear(lanes, config.width, bias=bias)
         self.value = linear(lanes, config.width, bias=bias)
         init = normal(1 / math.sqrt(2 * config.depth * config.width))
-        self.out = linear(config.width, lanes, bias=config.bias, init=init)
+        self.out = linear(config.width, lanes, bias=config.bias, init=init, stored=placement.ROWS)
         self.heads, self.causal, self.implementation = config.heads, causal, config.attention
 
     @jax.named_scope("attention")
@@ -238,17 +240,28 @@ def even_length(config: Transformer, length: int) -> int:
 
 
 def _attend_on_even_rows(kernel: str, q: Array, k: Array, v: Array, *, causal: bool, length: int | None) -> Array:
-    batch, queries = q.shape[:2]
+    queries = q.shape[1]
     multiple = MULTIPLES[kernel]
     if queries % multiple:
         length = k.shape[1] if length is None else length
         q, k, v = (jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)]) for x in (q, k, v))
     # The queries behind `length` attend as well: what nobody reads has to be finite all the same.
     if kernel == "hopper":
-        return hopper.attend(q, k, v, k.shape[1] if length is None else length)[:, :queries]
-    lengths = None if length is None else jnp.full((batch,), length, jnp.int32)
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn")
-    return y[:, :queries]
+        attend = functools.partial(_attend_on_hopper, length=k.shape[1] if length is None else length)
+    else:
+        attend = functools.partial(_attend_in_cudnn, causal=causal, length=length)
+    return placement.on_each_device(attend, q, k, v)[:, :queries]
+
+
+def _attend_on_hopper(q: Array, k: Array, v: Array, *, length: int) -> Array:
+    return hopper.attend(q, k, v, length)
+
+
+def _attend_in_cudnn(q: Array, k: Array, v: Array, *, causal: bool, length: int | None) -> Array:
+    lengths = None if length is None else jnp.full((len(q),), length, jnp.int32)
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
 
 
 def _attend_in_float64(q: Array, k: Array, v: Array, *, causal: bool, mask: Array | None) -> Array:
@@ -269,7 +282,7 @@ class Mlp(nnx.Module):
         lanes = variant.lanes(config.width)
         self.up = linear(lanes, config.mlp_width, bias=reader_bias(config, variant, config.bias))
         init = normal(1 / math.sqrt(2 * config.depth * config.mlp_width))
-        self.down = linear(config.mlp_width, lanes, bias=config.bias, init=init)
+        self.down = linear(config.mlp_width, lanes, bias=config.bias, init=init, stored=placement.ROWS)
         self.gelu = jax.named_scope("gelu")(functools.partial(gelu, form=config.gelu))
 
     @jax.named_scope("mlp")
@@ -315,6 +328,18 @@ class Block(nnx.Module):
 Blocks = Block | nnx.List
 
 
+def _saves_activations(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Anything but weights that were gathered, and copies of them."""
+    return primitive.name not in ("sharding_constraint", "optimization_barrier", "name")
+
+
+REMAT_POLICIES = {
+    "nothing": None,
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "activations": _saves_activations,
+}
+
+
 def blocks(config: Transformer, variant: Variant, *, causal: bool, rngs: nnx.Rngs) -> Blocks:
     """`config.depth` blocks: a list of them, or one whose leaves are stacked (`config.scan_layers`)."""
     block = functools.partial(Block, config, variant, causal=causal, rngs=rngs)
@@ -331,7 +356,7 @@ def run(
     position: Array | int = 0,
     *,
     length: int | None = None,
-    remat: bool = False,
+    remat: str | None = None,
     branch_scales: Array | None = None,
 ) -> tuple[Array, Array, Any]:
     """Runs all blocks on the main branch x (N, R).
@@ -339,7 +364,7 @@ def run(
     Args:
       cache: {"key", "value"} of (depth, B, T, H, K), or None; `position` is where in T these tokens begin.
       length: how many tokens of each sequence attention sees, from the first on; None: all.
-      remat: whether the backward pass recomputes each block.
+      remat: None, or one of `REMAT_SAVES`: what the backward pass finds of each block; it recomputes the rest.
       branch_scales: (B, depth, 2), what the attention and the MLP of each block write is multiplied by, or None.
 
     Returns: the main branch after the last block (N, R), before and after every block (depth + 1, N, R), and the new cache.
@@ -348,10 +373,13 @@ def run(
 
     def step(x: Array, written: Written, layer: tuple[Any, Any, Any]) -> tuple[Array, Array, Written, Any]:
         state, cache, scales = layer
-        return nnx.merge(graph, state)(x, written, batch, cache, position, length, scales)
+        before, x, (y, bias), cache = nnx.merge(graph, state)(x, written, batch, cache, position, length, scales)
+        y = None if y is None else placement.examples(y)
+        return placement.examples(before), placement.examples(x), (y, bias), cache
 
-    step = jax.checkpoint(step) if remat else step
+    step = jax.checkpoint(step, policy=REMAT_POLICIES[remat]) if remat else step
     scales = None if branch_scales is None else jnp.moveaxis(branch_scales, 1, 0)
+    x = placement.examples(x)
     if isinstance(blocks, Block):
         graph, state = nnx.split(blocks)
 
@@ -359,8 +387,8 @@ def run(
             before, x, written, cache = step(x, NOTHING, layer)
             return add(x, written), (before, cache)
 
-        last, (states, cache) = jax.lax.scan(scanned, x, (state, cache, scales))
-        return last, jnp.concatenate([states, last[None]]), cache
+        last, (before, cache) = jax.lax.scan(scanned, x, (state, cache, scales))
+        return last, jnp.concatenate([before, last[None]]), cache
 
     states, caches, written = [], [], NOTHING
     for index, block in enumerate(blocks):

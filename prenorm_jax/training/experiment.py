@@ -8,6 +8,7 @@ what is allowed.
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from collections.abc import Mapping
 
@@ -120,6 +121,8 @@ class Optimizer:
     """AdamW (Loshchilov & Hutter, 2019) or LAMB (You et al., 2020) behind clipping by global norm, on a linear warm-up and a cosine decay.
 
     name: adamw or lamb. learning_rate is the peak; the cosine ends at learning_rate * final_fraction. clip_norm = 0 means no clipping.
+    average: beside the weights a moving average of them is kept, average <- average * this + weights * (1 - this), after each step; it is
+      what is evaluated, and what a run returns. 0 means none.
     """
 
     name: str = "adamw"
@@ -131,6 +134,7 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         _require_numbers(
@@ -138,7 +142,7 @@ class Optimizer:
         )
         require_one_of("optimizer.name", self.name, OPTIMIZERS)
         require(0 <= self.final_fraction <= 1, "optimizer.final_fraction", self.final_fraction, "0 to 1")
-        for field in ("b1", "b2"):
+        for field in ("b1", "b2", "average"):
             value = getattr(self, field)
             require(0 <= value < 1, f"optimizer.{field}", value, "0 or more and less than 1")
 
@@ -154,8 +158,14 @@ class Train:
     stochastic_depth: how likely a sample skips a residual branch in training (Huang et al., 2016); what is left is scaled up.
     log_every, eval_every, checkpoint_every: in steps; 0 for the latter two means after the last step alone.
     eval_examples: held-out examples of one evaluation; 0 means all of them.
-    keep: how many checkpoints stay on disk.
-    init_from: a folder that `prenorm import` wrote, whose parameters training begins with; empty means random ones.
+    keep: how many checkpoints stay on disk, the newest.
+    keep_best: how many stay besides, the best by the held-out best_by (loss or accuracy); every checkpoint is evaluated then.
+    restart_optimizer: whether a checkpoint in other coordinates may be continued, with mapped parameters and an optimizer that begins anew.
+    skip_nonfinite: how many steps whose loss or gradient is not finite a run may leave out before it stops.
+    init_from: whose parameters training begins with: a folder that `prenorm import` wrote, or the workdir of a run of the same model in
+      any variant and coordinates; empty means random ones.
+    profile: steps to trace, "10:13" for 10, 11 and 12, into the workdir's profile/; empty means none.
+    wandb: off, offline or online: whether rows go to Weights & Biases too, into the project wandb_project.
     """
 
     steps: int = 1000
@@ -172,14 +182,30 @@ class Train:
     eval_examples: int = 0
     checkpoint_every: int = 200
     keep: int = 2
+    keep_best: int = 0
+    best_by: str = "loss"
+    restart_optimizer: bool = False
+    skip_nonfinite: int = 0
     init_from: str = ""
+    profile: str = ""
+    wandb: str = "off"
+    wandb_project: str = "prenorm_jax"
 
     def __post_init__(self) -> None:
         least_one = ("steps", "batch_size", "accumulate", "log_every", "eval_batch_size", "keep")
-        least_zero = ("seed", "eval_every", "eval_examples", "checkpoint_every")
+        least_zero = ("seed", "eval_every", "eval_examples", "checkpoint_every", "keep_best", "skip_nonfinite")
         _require_numbers(self, "train", {**dict.fromkeys(least_one, 1), **dict.fromkeys(least_zero, 0)})
         require_one_of("train.coordinates", self.coordinates, COORDINATES)
+        require_one_of("train.best_by", self.best_by, ("loss", "accuracy"))
+        require_one_of("train.wandb", self.wandb, ("off", "offline", "online"))
         require_one_of("train.loss", self.loss, LOSSES)
+        traced = re.fullmatch(r"(\d+):(\d+)", self.profile)
+        require(
+            not self.profile or (traced is not None and 0 < int(traced[1]) < int(traced[2])),
+            "train.profile",
+            self.profile,
+            "FIRST:END, as in 10:13 for steps 10, 11 and 12",
+        )
         for field in ("label_smoothing", "stochastic_depth"):
             require(0 <= getattr(self, field) < 1, f"train.{field}", getattr(self, field), "0 or more, below 1")
         require(
@@ -188,6 +214,27 @@ class Train:
             self.accumulate,
             f"a divisor of train.batch_size = {self.batch_size}",
         )
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether what is done `every` so many steps, and behind the last one, is done behind `step`; 0: behind the last one alone."""
+        return step == self.steps or (every > 0 and step % every == 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """The devices of a run, in three axes whose product is their number; in one process it may be less.
+
+    data: copies of the model, each on examples of its own; 0 means what the other two leave.
+    fsdp: like data, but each holds a share of the weights and of the optimizer's state, and gathers a weight where it is used.
+    tensor: how many devices work on one example: they share its heads, the columns of its MLPs, and the vocabulary.
+    """
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        _require_numbers(self, "mesh", {"data": 0, "fsdp": 1, "tensor": 1})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,14 +258,19 @@ class Compare:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Everything that a run depends on. The class of `model` follows from `task`: ViTConfig or GPTConfig."""
+    """Everything that a run depends on. The class of `model` follows from `task`: ViTConfig or GPTConfig.
+
+    estimate: says what a device would hold and do, for the mesh asked for and others, and trains nothing.
+    """
 
     task: str
     model: ViTConfig | GPTConfig
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
+    mesh: Mesh = Mesh()
     compare: Compare = Compare()
+    estimate: bool = False
 
     def __post_init__(self) -> None:
         require_one_of("task", self.task, TASKS)
@@ -241,6 +293,10 @@ class Experiment:
             "model.head",
             has_head,
             "True: images are classified (prenorm import --classes N gives a new head)",
+        )
+        scores = ("loss", "accuracy") if self.task == "image_classification" else ("loss",)
+        require(
+            self.train.best_by in scores, "train.best_by", self.train.best_by, f"loss for config.task = {self.task}"
         )
         require(
             self.optimizer.warmup_steps < self.train.steps,
@@ -277,12 +333,14 @@ def read_experiment(tree: Mapping[str, object]) -> Experiment:
             "data": Data,
             "optimizer": Optimizer,
             "train": Train,
+            "mesh": Mesh,
             "compare": Compare,
         }
         for key in tree:
-            _require_known(key, key, ("task", *sections))
+            _require_known(key, key, ("task", "estimate", *sections))
         records = {name: _read_record(kind, name, tree.get(name, {})) for name, kind in sections.items()}
-        return Experiment(task=str(tree["task"]), **records)  # type: ignore[arg-type]
+        estimate = _read_value("estimate", tree.get("estimate", False), bool)
+        return Experiment(task=str(tree["task"]), estimate=estimate, **records)  # type: ignore[arg-type]
     except ConfigError as error:
         raise ConfigError(f"config.{error}") from None
 

@@ -66,7 +66,7 @@ IMPOSSIBLE = [
     (
         "trian",
         {},
-        "config.trian: no such field (did you mean train?); allowed: compare, data, model, optimizer, task, train",
+        "config.trian: no such field (did you mean train?); allowed: compare, data, estimate, mesh, model, optimizer, task, train",
     ),
     ("train", 5, "config.train: got 5; allowed: the fields of a section"),
     ("compare.windows", 0, "config.compare.windows: got 0; allowed: 1 or more"),
