@@ -11,8 +11,12 @@ import pytest
 import rich.console
 
 from configs import deit3
-from prenorm_jax.training import checkpoints, loop, metrics
-from prenorm_jax.training.experiment import read_experiment
+from prenorm_jax import models
+from prenorm_jax.training import checkpoints, data, loop, metrics, sharding
+from prenorm_jax.training.experiment import Mesh, read_experiment
+from prenorm_jax.training.optimizer import make_optimizer
+from prenorm_jax.training.step import init_state, make_train_step
+from prenorm_jax.training.tasks import task_of
 
 
 def small_deit3(root):
@@ -42,3 +46,27 @@ def test_the_recipe_trains_and_continues_with_the_same_bits(tmp_path):
     assert "resuming at step 3 of 6" in console.file.getvalue()
     for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(continued), strict=True):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.mark.slow
+def test_a_mesh_mixes_and_skips_as_one_device_does(tmp_path):
+    experiment = small_deit3(disk.write_tree(tmp_path / "pictures"))
+    model = dataclasses.replace(experiment.model, dtype="float64", param_dtype="float64")
+    tx = make_optimizer(experiment.optimizer, experiment.train.steps)
+    batches = data.train_batches(data.load(experiment).train, experiment.data, 16)
+    taken = [next(batches) for _ in range(3)]
+
+    def losses(mesh, **fields):
+        step = make_train_step(model, task_of(experiment), tx, mesh=mesh, stochastic_depth=0.3, **fields)
+        state, found = init_state(models.init(model, 0), tx), []
+        if mesh is not None:
+            state = jax.device_put(state, sharding.state_shardings(state, model, tx, mesh))
+        for batch in taken:
+            state, values = step(state, batch if mesh is None else sharding.whole_batch(batch, mesh))
+            found.append(float(values["loss"]))
+        return np.array(found)
+
+    expected = losses(None)
+    for mesh in (Mesh(), Mesh(fsdp=2, tensor=2)):
+        np.testing.assert_allclose(losses(sharding.make_mesh(mesh)), expected, rtol=0, atol=1e-6)
+    assert np.abs(losses(None, seed=1) - expected).max() > 1e-4
