@@ -5,6 +5,7 @@ Source: arXiv 2305.14858, section 3 ("drop"); the Householder basis "reflect" is
 - e_d, H = I - v v^T / (1 - u) maps u (1, ..., 1) to e_d and is its own inverse, so the last coordinate of H x is sqrt(d) mean(x).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -110,9 +111,31 @@ def unreflect(w: Array, axis: int) -> Array:
 
 def set_last(w: Array, value: Array | float, axis: int) -> Array:
     """w with its last slice replaced by `value`, which broadcasts against it."""
-    numpy = np if isinstance(w, np.ndarray) and isinstance(value, np.ndarray | float | int) else jnp
-    lane = numpy.arange(w.shape[axis]).reshape([-1 if k == axis else 1 for k in range(-w.ndim, 0)])
-    return numpy.where(lane == w.shape[axis] - 1, value, w)
+    if isinstance(w, np.ndarray) and isinstance(value, np.ndarray | float | int):
+        return np.where(_is_last(w, axis), value, w)
+    if isinstance(value, float | int):
+        return jnp.where(_is_last(w, axis), value, w)
+    return _set_last(w, value, axis)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _set_last(w: Array, value: Array, axis: int) -> Array:
+    return jnp.where(_is_last(w, axis), value, w)
+
+
+@_set_last.defjvp
+def _set_last_tangents(axis: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    """As a derivative, where() would pull the slice's gradient back as a sum over the whole array; a padded slice does it as a slice."""
+    w, (dw, dvalue) = primals[0], tangents
+    edges = [(w.shape[axis] - 1 if k - w.ndim == axis else 0, 0, 0) for k in range(w.ndim)]
+    padded = jax.lax.pad(jnp.broadcast_to(dvalue, last(w, axis).shape), jnp.zeros((), dvalue.dtype), edges)
+    return _set_last(*primals, axis), clear_last(dw, axis) + padded.astype(w.dtype)
+
+
+def _is_last(w: Array, axis: int) -> Array:
+    """True in the last slice, broadcasting against w."""
+    lane = xp(w).arange(w.shape[axis]).reshape([-1 if k == axis else 1 for k in range(-w.ndim, 0)])
+    return lane == w.shape[axis] - 1
 
 
 def clear_last(w: Array, axis: int) -> Array:

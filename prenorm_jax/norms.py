@@ -17,7 +17,11 @@ basis "drop"), n = xhat r with r = 1 / sqrt(s / d + eps), and backwards, for g =
 
     dxhat = r g - (r^3 / d) (sum g xhat) (xhat + [drop] sum xhat).
 
-The backward pass needs x, its mean where it is centred, and r: those, and the scale, are all that the forward pass keeps.
+The forward pass keeps x and the scale alone: the statistics are computed anew in the backward pass, from an x behind a barrier. Where a
+compiler finds them again and keeps them, the forward pass becomes two kernels that both read x, which takes longer.
+
+On the main branch a norm stands behind an addition, and `add_and_norm` is both at once: in the backward pass the two gradients of the
+main branch and the sum over rows that is the bias's gradient belong to one pass (`prenorm_jax.hopper.norm_gradient` on the GPUs it is for).
 """
 
 import dataclasses
@@ -27,12 +31,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from prenorm_jax import placement
+from prenorm_jax.hopper import norm_gradient
+
 Array = jax.Array
 BASES = ("reflect", "drop")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kind:
+class Kind:
     """Which of the four norms: static data of the one formula."""
 
     eps: float
@@ -57,7 +64,7 @@ def layer_norm(x: Array, scale: Array | None = None, bias: Array | None = None, 
     >>> layer_norm(jnp.array([1.0, 3.0]), eps=0.0)
     Array([-1.,  1.], dtype=float32)
     """
-    return _checked(x, scale, bias, _Kind(eps, x.shape[-1], centred=True))
+    return norm(x, scale, bias, layer(x.shape[-1], eps))
 
 
 def rms_norm(x: Array, scale: Array | None = None, bias: Array | None = None, *, eps: float) -> Array:
@@ -68,7 +75,7 @@ def rms_norm(x: Array, scale: Array | None = None, bias: Array | None = None, *,
     >>> rms_norm(jnp.array([3.0, 3.0]), eps=0.0)
     Array([1., 1.], dtype=float32)
     """
-    return _checked(x, scale, bias, _Kind(eps, x.shape[-1]))
+    return norm(x, scale, bias, rms(x.shape[-1], eps))
 
 
 def crms_norm(
@@ -88,7 +95,7 @@ def crms_norm(
     >>> crms_norm(jnp.array([1.0]), eps=0.0, basis="drop")  # stands for (1, -1)
     Array([1.], dtype=float32)
     """
-    return _checked(z, scale, bias, _Kind(eps, z.shape[-1] + 1, squared_sum=_is_drop(basis)))
+    return norm(z, scale, bias, crms(z.shape[-1], eps, basis))
 
 
 def crms_norm_packed(
@@ -107,7 +114,27 @@ def crms_norm_packed(
     >>> crms_norm_packed(jnp.array([1.0, 7.0]), eps=0.0, basis="drop")
     Array([1., 1.], dtype=float32)
     """
-    return _checked(x, scale, bias, _Kind(eps, x.shape[-1], squared_sum=_is_drop(basis), spare_lane=True))
+    return norm(x, scale, bias, packed(x.shape[-1], eps, basis))
+
+
+def layer(lanes: int, eps: float) -> Kind:
+    """Which norm `layer_norm` is."""
+    return Kind(eps, lanes, centred=True)
+
+
+def rms(lanes: int, eps: float) -> Kind:
+    """Which norm `rms_norm` is."""
+    return Kind(eps, lanes)
+
+
+def crms(lanes: int, eps: float, basis: str = "reflect") -> Kind:
+    """Which norm `crms_norm` is."""
+    return Kind(eps, lanes + 1, squared_sum=_is_drop(basis))
+
+
+def packed(lanes: int, eps: float, basis: str = "reflect") -> Kind:
+    """Which norm `crms_norm_packed` is."""
+    return Kind(eps, lanes, squared_sum=_is_drop(basis), spare_lane=True)
 
 
 def _is_drop(basis: str) -> bool:
@@ -116,7 +143,8 @@ def _is_drop(basis: str) -> bool:
     return basis == "drop"
 
 
-def _checked(x: Array, scale: Array | None, bias: Array | None, kind: _Kind) -> Array:
+def norm(x: Array, scale: Array | None, bias: Array | None, kind: Kind) -> Array:
+    """The norm of a kind. Args, returns, raises: as `layer_norm`."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"norm of a {x.dtype} array: expected a floating dtype; convert the input first")
     if kind.eps < 0:
@@ -127,38 +155,126 @@ def _checked(x: Array, scale: Array | None, bias: Array | None, kind: _Kind) -> 
     return _norm(x, scale, bias, kind)
 
 
+def add_and_norm(
+    x: Array, y: Array | None, written: Array | None, scale: Array | None, bias: Array | None, kind: Kind
+) -> tuple[Array, Array]:
+    """(x + y + written, its norm): the main branch behind a residual branch, and what the next one reads.
+
+    Args:
+      x, y: (..., lanes); None: nothing is added.
+      written: (lanes,), the bias of the linear map that wrote y, or None.
+      scale, bias: (lanes,) of the norm, or None.
+      kind: which norm, as the four functions above make it (`layer`, `rms`, `crms`, `packed`).
+
+    >>> x, n = add_and_norm(jnp.ones((1, 2)), jnp.array([[0.0, 2.0]]), jnp.zeros(2), None, None, layer(2, eps=0.0))
+    >>> x, n
+    (Array([[1., 3.]], dtype=float32), Array([[-1.,  1.]], dtype=float32))
+    """
+    return _add_and_norm(x, y, written, scale, bias, kind)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _norm(x: Array, scale: Array | None, bias: Array | None, kind: _Kind) -> Array:
-    return _forward(x, scale, bias, kind)[0]
+def _norm(x: Array, scale: Array | None, bias: Array | None, kind: Kind) -> Array:
+    return _forward(x, scale, bias, kind)
 
 
-def _forward(x: Array, scale: Array | None, bias: Array | None, kind: _Kind) -> tuple[Array, Any]:
-    mean = jnp.mean(_wide(x), axis=-1, keepdims=True) if kind.centred else None
-    xhat = _live(x, mean, kind)
-    power = jnp.sum(xhat * xhat, axis=-1, keepdims=True)
-    if kind.squared_sum:
-        power += jnp.square(jnp.sum(xhat, axis=-1, keepdims=True))
-    r = jax.lax.rsqrt(power / kind.divisor + kind.eps)
-    y = xhat * r
+def _norm_and_kept(x: Array, scale: Array | None, bias: Array | None, kind: Kind) -> tuple[Array, Any]:
+    return _forward(x, scale, bias, kind), (x, scale, _nothing_of(bias))
+
+
+def _norm_backward(kind: Kind, kept: Any, dn: Array) -> tuple[Array, Array | None, Array | None]:
+    x, scale, bias = kept
+    dx, dscale, dbias, _ = _gradients(kind, x, dn, None, scale, bias, None)
+    return dx, dscale, dbias
+
+
+_norm.defvjp(_norm_and_kept, _norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _add_and_norm(
+    x: Array, y: Array | None, written: Array | None, scale: Array | None, bias: Array | None, kind: Kind
+) -> tuple[Array, Array]:
+    if y is not None:
+        x = x + (y if written is None else y + _row(written, y))
+    return x, _forward(x, scale, bias, kind)
+
+
+def _add_and_norm_and_kept(
+    x: Array, y: Array | None, written: Array | None, scale: Array | None, bias: Array | None, kind: Kind
+) -> tuple[tuple[Array, Array], Any]:
+    x, n = _add_and_norm(x, y, written, scale, bias, kind)
+    return (x, n), (x, _nothing_of(y), _nothing_of(written), scale, _nothing_of(bias))
+
+
+def _add_and_norm_backward(kind: Kind, kept: Any, gradients: tuple[Array, Array]) -> tuple[Array | None, ...]:
+    x, y, written, scale, bias = kept
+    dx, dscale, dbias, dwritten = _gradients(kind, x, gradients[1], gradients[0], scale, bias, written)
+    return dx, None if y is None else dx.astype(y.dtype), dwritten, dscale, dbias
+
+
+_add_and_norm.defvjp(_add_and_norm_and_kept, _add_and_norm_backward)
+
+
+def _forward(x: Array, scale: Array | None, bias: Array | None, kind: Kind) -> Array:
+    xhat = _live(x, kind)
+    y = xhat * _inverse_rms(xhat, kind)
     if scale is not None:
         y = y * _row(scale, y)
     if bias is not None:
         y = y + _row(bias, y)
     if kind.spare_lane:
         y = jnp.where(_spare(y), 1, y)
-    # Of the bias, the backward pass needs the dtype alone.
-    return y.astype(x.dtype), (x, mean, r, scale, None if bias is None else bias[:0])
+    return y.astype(x.dtype)
 
 
-def backward(kind: _Kind, residuals: Any, dy: Array) -> tuple[Array, Array | None, Array | None]:
-    """The backward pass of all four norms: the true derivative. Public, so that a traced norm can be told by it."""
-    x, mean, r, scale, _ = residuals
-    dscale, dbias = _affine_gradients(kind, residuals, dy)
-    xhat = _live(x, mean, kind)
-    dy = dy.astype(xhat.dtype)
-    g = dy if scale is None else dy * _row(scale, dy)
+def _gradients(
+    kind: Kind,
+    x: Array,
+    dn: Array,
+    dbranch: Array | None,
+    scale: Array | None,
+    bias: Array | None,
+    written: Array | None,
+) -> tuple[Array, Array | None, Array | None, Array | None]:
+    """The gradients of x, the norm's scale and bias, and of a bias that was added to x; of the biases, only their dtypes are asked."""
+    like = {"dx": written, "dscale": scale, "dbias": bias}
+    wanted = tuple(name for name, leaf in like.items() if leaf is not None)
+    if norm_gradient.served(x):
+        dx, *found = _gradients_by_kernel(kind, x, dn, dbranch, scale, wanted)
+    else:
+        dx, *found = _gradients_by_xla(kind, x, dn, dbranch, scale, wanted)
+    sums = {name: sum.astype(like[name].dtype) for name, sum in zip(wanted, found, strict=True)}  # type: ignore[union-attr]
+    return dx, sums.get("dscale"), sums.get("dbias"), sums.get("dx")
+
+
+def _gradients_by_kernel(
+    kind: Kind, x: Array, dn: Array, dbranch: Array | None, scale: Array | None, column_sums: tuple[str, ...]
+) -> tuple[Array, ...]:
+    """`norm_gradient`, on each device of the mesh in force with the rows that it has."""
+    rows, whole = placement.EXAMPLES, placement.WHOLE
+    given = {"x": (x, rows), "dn": (dn, rows), "dbranch": (dbranch, rows), "scale": (scale, whole)}
+    there = {name: pair for name, pair in given.items() if pair[0] is not None}
+
+    def gradients(*own: Array) -> tuple[Array, ...]:
+        arguments = {**dict.fromkeys(given), **dict(zip(there, own, strict=True))}
+        return norm_gradient.norm_gradient(**arguments, column_sums=column_sums, **dataclasses.asdict(kind))
+
+    arrays, splits = zip(*there.values(), strict=True)
+    return placement.on_each_device(gradients, arrays, splits, (rows, *[placement.SUMMED] * len(column_sums)))
+
+
+def _gradients_by_xla(
+    kind: Kind, x: Array, dn: Array, dbranch: Array | None, scale: Array | None, column_sums: tuple[str, ...]
+) -> tuple[Array, ...]:
+    """`norm_gradient`, for every shape and device."""
+    rows = tuple(range(x.ndim - 1))
+    xhat = _live(jax.lax.optimization_barrier(x), kind)
+    r = _inverse_rms(xhat, kind)
+    wide = dn.astype(xhat.dtype)
     if kind.spare_lane:
-        g = jnp.where(_spare(g), 0, g)
+        wide = jnp.where(_spare(wide), 0, wide)
+    g = wide if scale is None else wide * _row(scale, wide)
     direction = xhat + jnp.sum(xhat, axis=-1, keepdims=True) if kind.squared_sum else xhat
     along = jnp.sum(g * xhat, axis=-1, keepdims=True)
     if kind.centred:
@@ -166,27 +282,17 @@ def backward(kind: _Kind, residuals: Any, dy: Array) -> tuple[Array, Array | Non
     dx = r * g - (r**3 / kind.divisor) * along * direction
     if kind.spare_lane:
         dx = jnp.where(_spare(dx), 0, dx)
-    return dx.astype(x.dtype), dscale, dbias
-
-
-_norm.defvjp(_forward, backward)
-
-
-def _affine_gradients(kind: _Kind, residuals: Any, dy: Array) -> tuple[Array | None, Array | None]:
-    """Sums over the rows for scale and bias. From inputs behind a barrier: in one kernel with the sums over lanes, XLA's stores the
-    summands first, in float32."""
-    x, mean, r, scale, no_bias = residuals
-    if scale is None and no_bias is None:
-        return None, None
-    x, mean, r, dy = jax.lax.optimization_barrier((x, mean, r, dy))
-    rows = tuple(range(x.ndim - 1))
-    xhat, dy = _live(x, mean, kind), _wide(dy)
-    if kind.spare_lane:
-        dy = jnp.where(_spare(dy), 0, dy)
-    return (
-        None if scale is None else jnp.sum(dy * xhat * r, axis=rows).astype(scale.dtype),
-        None if no_bias is None else jnp.sum(dy, axis=rows).astype(no_bias.dtype),
-    )
+    if dbranch is not None:
+        dx = dx + dbranch.astype(dx.dtype)
+    sums = {"dx": dx.sum(axis=rows)} if "dx" in column_sums else {}
+    if "dscale" in column_sums or "dbias" in column_sums:
+        # From inputs behind a barrier: in one kernel with the sums over lanes, XLA's stores the summands first, in float32.
+        x, r, dn = jax.lax.optimization_barrier((x, r, dn))
+        wide = dn.astype(xhat.dtype)
+        if kind.spare_lane:
+            wide = jnp.where(_spare(wide), 0, wide)
+        sums |= {"dscale": jnp.sum(wide * _live(x, kind) * r, axis=rows), "dbias": jnp.sum(wide, axis=rows)}
+    return dx.astype(x.dtype), *(sums[name] for name in column_sums)
 
 
 def _wide(x: Array) -> Array:
@@ -194,12 +300,25 @@ def _wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _live(x: Array, mean: Array | None, kind: _Kind) -> Array:
+def _live(x: Array, kind: Kind) -> Array:
     """The part of x that the norm sees, in the dtype of the statistics."""
     x = _wide(x)
     if kind.spare_lane:
         x = jnp.where(_spare(x), 0, x)
-    return x if mean is None else x - mean
+    return x - jnp.mean(x, axis=-1, keepdims=True) if kind.centred else x
+
+
+def _inverse_rms(xhat: Array, kind: Kind) -> Array:
+    """r (..., 1)"""
+    power = jnp.sum(xhat * xhat, axis=-1, keepdims=True)
+    if kind.squared_sum:
+        power += jnp.square(jnp.sum(xhat, axis=-1, keepdims=True))
+    return jax.lax.rsqrt(power / kind.divisor + kind.eps)
+
+
+def _nothing_of(leaf: Array | None) -> Array | None:
+    """An empty array that keeps a leaf's dtype."""
+    return None if leaf is None else leaf[:0]
 
 
 def _spare(x: Array) -> Array:

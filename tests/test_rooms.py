@@ -13,6 +13,8 @@ ORDER = [
     "paths",
     "bases",
     "precision",
+    "placement",
+    "hopper",
     "norms",
     "main_branch",
     "layouts",

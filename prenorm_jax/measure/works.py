@@ -73,9 +73,9 @@ class Work:
     @property
     def task(self) -> Task:
         """What it is trained on."""
-        return (
-            ImageClassification(0.1) if isinstance(self.model, ViTConfig) else LanguageModelling(self.model.vocab_size)
-        )
+        if isinstance(self.model, ViTConfig):
+            return ImageClassification(0.1)
+        return LanguageModelling(self.model.vocab_size, logits=self.model.dtype)
 
     def config(self, form: Form) -> Config:
         """The model in a form."""

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prenorm_jax.models import hopper, placement
+from prenorm_jax import norms, placement
+from prenorm_jax.models import hopper
 from prenorm_jax.models.config import ATTENTIONS, Transformer, require_one_of
 from prenorm_jax.models.gelu import gelu
 from prenorm_jax.models.variants import Variant
@@ -48,9 +49,17 @@ class Linear(nnx.Module):
         self.stored = stored
 
     def __call__(self, x: Array) -> Array:
-        # Behind a barrier the cast (and the weight map before it) stays out of the product, whose kernel then takes bias and residual.
-        y = x @ jax.lax.optimization_barrier(placement.gathered(self.kernel[...].astype(x.dtype), self.stored))
+        y = self.product(x)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None]
+
+    def product(self, x: Array) -> Array:
+        """Without the bias."""
+        # Behind a barrier the cast (and the weight map before it) stays out of the product, whose kernel then takes bias and residual.
+        return x @ jax.lax.optimization_barrier(placement.gathered(self.kernel[...].astype(x.dtype), self.stored))
+
+    def apart(self, x: Array) -> tuple[Array, Array | None]:
+        """The product, and the bias that is to be added to it."""
+        return self.product(x), None if self.bias is None else self.bias[...]
 
 
 class Table(nnx.Module):
@@ -58,6 +67,11 @@ class Table(nnx.Module):
 
     def __init__(self, rows: int, lanes: int, dtype: str, *, rngs: nnx.Rngs):
         self.table = nnx.Param(normal(0.02)(rngs.params(), (rows, lanes), jnp.dtype(dtype)))
+
+
+Written = tuple[Array | None, Array | None]
+"""What a residual branch writes, (N, R) and the bias (R,) that belongs to it: on its way to the main branch."""
+NOTHING: Written = (None, None)
 
 
 class Norm(nnx.Module):
@@ -68,14 +82,31 @@ class Norm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(shape, dtype)) if variant.affine else None
         self.bias = nnx.Param(jnp.zeros(shape, dtype)) if variant.affine and config.bias else None
         self.norm = functools.partial(variant.norm, eps=config.eps)
+        self.kind = variant.kind(variant.lanes(config.width), config.eps) if variant.kind else None
 
     @jax.named_scope("norm")
     def __call__(self, x: Array) -> Array:
         return self.norm(x, *self.leaves())
 
+    @jax.named_scope("norm")
+    def behind(self, x: Array, written: Written) -> tuple[Array, Array]:
+        """The main branch with what was written to it, and its norm: in the backward pass, their gradients are one."""
+        if self.kind is None:
+            x = add(x, written)
+            return x, self.norm(x)
+        return norms.add_and_norm(x, *written, *self.leaves(), self.kind)
+
     def leaves(self) -> tuple[Array | None, Array | None]:
         """Scale and bias."""
         return tuple(leaf if leaf is None else leaf[...] for leaf in (self.scale, self.bias))  # type: ignore[return-value]
+
+
+def add(x: Array, written: Written) -> Array:
+    """The main branch with what was written to it."""
+    y, bias = written
+    if y is None:
+        return x
+    return x + (y if bias is None else y + bias.astype(y.dtype)[None])
 
 
 class Affine(nnx.Module):
@@ -91,13 +122,16 @@ class Affine(nnx.Module):
 
 
 class LayerScale(nnx.Module):
-    """What a branch writes, times a learned vector: (N, D) -> (N, D). A leaf of the Pre-LN model alone (`layer_scale`)."""
+    """What a branch writes, times a learned vector (D,). A leaf of the Pre-LN model alone (`layer_scale`)."""
 
     def __init__(self, width: int, dtype: str, layers: tuple[int, ...] = ()):
         self.scale = nnx.Param(jnp.ones((*layers, width), jnp.dtype(dtype)))
 
-    def __call__(self, y: Array) -> Array:
-        return y * self.scale[...].astype(y.dtype)[None]
+    def __call__(self, written: Written) -> Written:
+        y, bias = written
+        assert y is not None
+        y = y if bias is None else y + bias.astype(y.dtype)[None]
+        return y * self.scale[...].astype(y.dtype)[None], None
 
 
 def reader_bias(config: Transformer, variant: Variant, own: bool) -> bool:
@@ -122,8 +156,8 @@ class Attention(nnx.Module):
     @jax.named_scope("attention")
     def __call__(
         self, n: Array, batch: int, cache: Any = None, position: Array | int = 0, length: int | None = None
-    ) -> tuple[Array, Any]:
-        """Returns the written (N, R) and, where a cache {"key", "value"} of (B, T, H, K) is given, that cache with these tokens in it.
+    ) -> tuple[Written, Any]:
+        """Returns what it writes and, where a cache {"key", "value"} of (B, T, H, K) is given, that cache with these tokens in it.
 
         Of each sequence the first `length` tokens are seen, or all of them.
         """
@@ -140,7 +174,7 @@ class Attention(nnx.Module):
             }
             seen = jnp.arange(cache["key"].shape[1])[None, :] <= position + jnp.arange(q.shape[1])[:, None]
             y = attend(q, cache["key"], cache["value"], mask=seen[None, None], implementation="xla")
-        return self.out(y.reshape(n.shape[0], -1)), cache
+        return self.out.apart(y.reshape(n.shape[0], -1)), cache
 
 
 def attend(
@@ -215,7 +249,7 @@ def _attend_on_even_rows(kernel: str, q: Array, k: Array, v: Array, *, causal: b
         attend = functools.partial(_attend_on_hopper, length=k.shape[1] if length is None else length)
     else:
         attend = functools.partial(_attend_in_cudnn, causal=causal, length=length)
-    return placement.on_each_device(attend, q, k, v)[:, :queries]
+    return placement.on_each_device(attend, (q, k, v), (placement.HEADS,) * 3, placement.HEADS)[:, :queries]
 
 
 def _attend_on_hopper(q: Array, k: Array, v: Array, *, length: int) -> Array:
@@ -251,8 +285,8 @@ class Mlp(nnx.Module):
         self.gelu = jax.named_scope("gelu")(functools.partial(gelu, form=config.gelu))
 
     @jax.named_scope("mlp")
-    def __call__(self, n: Array) -> Array:
-        return self.down(self.gelu(self.up(n)))
+    def __call__(self, n: Array) -> Written:
+        return self.down.apart(self.gelu(self.up(n)))
 
 
 class Block(nnx.Module):
@@ -270,12 +304,20 @@ class Block(nnx.Module):
         self.scale2 = LayerScale(config.width, config.param_dtype, layers) if scaled else None
 
     def __call__(
-        self, x: Array, batch: int, cache: Any = None, position: Array | int = 0, length: int | None = None
-    ) -> tuple[Array, Any]:
-        y, cache = self.attn(self.norm1(x), batch, cache, position, length)
-        x = x + (y if self.scale1 is None else self.scale1(y))
-        y = self.mlp(self.norm2(x))
-        return x + (y if self.scale2 is None else self.scale2(y)), cache
+        self,
+        x: Array,
+        written: Written,
+        batch: int,
+        cache: Any = None,
+        position: Array | int = 0,
+        length: int | None = None,
+    ) -> tuple[Array, Array, Written, Any]:
+        """Takes the main branch and what the block before it wrote; returns their sum, and the same two behind this block."""
+        before, n = self.norm1.behind(x, written)
+        written, cache = self.attn(n, batch, cache, position, length)
+        x, n = self.norm2.behind(before, written if self.scale1 is None else self.scale1(written))
+        written = self.mlp(n)
+        return before, x, written if self.scale2 is None else self.scale2(written), cache
 
 
 Blocks = Block | nnx.List
@@ -321,24 +363,30 @@ def run(
     Returns: the main branch after the last block (N, R), before and after every block (depth + 1, N, R), and the new cache.
     """
     graph: Any
+    states: Any
 
-    def step(x: Array, layer: tuple[Any, Any]) -> tuple[Array, tuple[Array, Any]]:
+    def step(x: Array, written: Written, layer: tuple[Any, Any]) -> tuple[Array, Array, Written, Any]:
         state, cache = layer
-        y, cache = nnx.merge(graph, state)(x, batch, cache, position, length)
-        y = placement.examples(y)
-        return y, (y, cache)
+        before, x, written, cache = nnx.merge(graph, state)(x, written, batch, cache, position, length)
+        return before, placement.examples(x), written, cache
 
     step = jax.checkpoint(step, policy=REMAT_POLICIES[remat]) if remat else step
     x = placement.examples(x)
     if isinstance(blocks, Block):
         graph, state = nnx.split(blocks)
-        last, (states, cache) = jax.lax.scan(step, x, (state, cache))
-        return last, jnp.concatenate([x[None], states]), cache
 
-    states, caches = [x], []
+        def scanned(x: Array, layer: tuple[Any, Any]) -> tuple[Array, tuple[Array, Any]]:
+            before, x, written, cache = step(x, NOTHING, layer)
+            return add(x, written), (before, cache)
+
+        last, (states, cache) = jax.lax.scan(scanned, x, (state, cache))
+        return last, jnp.concatenate([states, last[None]]), cache
+
+    states, caches, written = [], [], NOTHING
     for index, block in enumerate(blocks):
         graph, state = nnx.split(block)
-        x, (_, layer_cache) = step(x, (state, jax.tree.map(lambda leaf, i=index: leaf[i], cache)))
-        states.append(x)
+        before, x, written, layer_cache = step(x, written, (state, jax.tree.map(lambda leaf, i=index: leaf[i], cache)))
+        states.append(before)
         caches.append(layer_cache)
-    return x, jnp.stack(states), jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+    last = add(x, written)
+    return last, jnp.stack([*states, last]), jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)

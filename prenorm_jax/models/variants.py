@@ -11,10 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from prenorm_jax import bases, transforms
+from prenorm_jax import bases, norms, transforms
 from prenorm_jax.main_branch import MainBranch
 from prenorm_jax.models.config import Transformer
-from prenorm_jax.norms import crms_norm, crms_norm_packed, layer_norm, rms_norm
 from prenorm_jax.paths import Tree
 
 Array = jax.Array
@@ -29,16 +28,12 @@ def _same_tree(params: Tree, spec: MainBranch) -> Tree:
     return params
 
 
-def _no_norm(x: Array, scale: Array | None = None, bias: Array | None = None, *, eps: float) -> Array:
-    return x
-
-
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """One of the equivalent Transformers.
 
     Attributes:
-      norm: norm(x_R, scale, bias, eps=eps), in the main branch's coordinates.
+      kind: kind(R, eps), which of the norms of `prenorm_jax.norms` it has, in the main branch's coordinates; None for none.
       affine: whether its norms have a scale and a bias of their own (only the Pre-LN model's).
       reader_bias: whether a reader's bias is a leaf (not where it is its kernel's spare row).
       lanes: D -> R.
@@ -51,7 +46,7 @@ class Variant:
       to_pre_ln: the variant's own parameters -> Pre-LN ones (less the norms' affine, which is 1 and 0).
     """
 
-    norm: Callable[..., Array]
+    kind: Callable[[int, float], norms.Kind] | None
     affine: bool = False
     reader_bias: bool = True
     lanes: Callable[[int], int] = lambda width: width
@@ -61,6 +56,10 @@ class Variant:
     from_native: Chart = _same_tree
     to_native: Chart = _same_tree
     to_pre_ln: Chart = _same_tree
+
+    def norm(self, x: Array, scale: Array | None = None, bias: Array | None = None, *, eps: float) -> Array:
+        """The norm of x (..., R) with a scale and a bias (R,)."""
+        return x if self.kind is None else norms.norm(x, scale, bias, self.kind(x.shape[-1], eps))
 
     def norm_in_pre_ln(self, x: Array, scale: Array | None, bias: Array | None, *, eps: float) -> Array:
         """LayerNorm's value in its own coordinates, (..., R) -> (..., D), whatever the coordinates of x."""
@@ -96,15 +95,15 @@ def _recentered(params: Tree, spec: MainBranch) -> Tree:
 
 
 _FULL_WIDTH = {
-    "pre_ln": Variant(layer_norm, affine=True),
+    "pre_ln": Variant(norms.layer, affine=True),
     "pre_rmsnorm": Variant(
-        rms_norm,
+        norms.rms,
         write=bases.recenter_activation,
         from_pre_ln=_to_pre_rmsnorm,
         to_native=_to_pre_rmsnorm,
         to_pre_ln=_recentered,
     ),
-    "no_norm": Variant(_no_norm, from_pre_ln=_to_pre_rmsnorm, to_native=_to_pre_rmsnorm),
+    "no_norm": Variant(None, from_pre_ln=_to_pre_rmsnorm, to_native=_to_pre_rmsnorm),
 }
 
 
@@ -119,7 +118,7 @@ def _pre_crmsnorm(basis: str, packed: bool) -> Variant:
 
     if not packed:
         return Variant(
-            functools.partial(crms_norm, basis=basis),
+            functools.partial(norms.crms, basis=basis),
             lanes=lambda width: width - 1,
             write=lambda x: bases.compress_activation(x, basis),
             read=lambda n: bases.expand_activation(n, basis),
@@ -128,7 +127,7 @@ def _pre_crmsnorm(basis: str, packed: bool) -> Variant:
             to_pre_ln=to_pre_ln,
         )
     return Variant(
-        functools.partial(crms_norm_packed, basis=basis),
+        functools.partial(norms.packed, basis=basis),
         reader_bias=False,
         write=lambda x: bases.compress_activation(x, basis, layout="packed"),
         read=lambda n: bases.expand_activation(n, basis, layout="packed"),

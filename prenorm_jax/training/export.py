@@ -42,7 +42,7 @@ def shipped(sizes: tuple[str, ...] = (*VIT_SIZES, *models.GPT_SIZES), **fields: 
     for size in sizes:
         family, make = ("ViT-", models.vit_config) if "/" in size else ("GPT ", models.gpt_config)
         for form in FORMS:
-            config: Config = make(size, **{"dtype": "bfloat16", **form, **fields})  # type: ignore[operator]
+            config: Config = make(size, **{"dtype": "bfloat16", **form, **fields})
             yield f"{family}{size}, {' '.join(form.values())}", config
 
 
@@ -91,7 +91,9 @@ def main(arguments: list[str]) -> int:
             seen, begun = seen + 1, time.monotonic()
             try:
                 done = lower(config, coordinates, given.platform, given.batch)
-                sizes = ", ".join(f"{step} {len(each.mlir_module_serialized) / 2**20:.1f} MiB" for step, each in done.items())
+                sizes = ", ".join(
+                    f"{step} {len(each.mlir_module_serialized) / 2**20:.1f} MiB" for step, each in done.items()
+                )
             except Exception as error:  # whatever a lowering rule raises: the next model may do
                 failed, sizes = failed + 1, f"FAILED: {str(error).splitlines()[0]}"
             print(f"{line}: {sizes}, {time.monotonic() - begun:.0f} s", flush=True)

@@ -18,7 +18,15 @@ from prenorm_jax.training.experiment import Experiment, as_tree
 from prenorm_jax.training.initial import initial_params
 from prenorm_jax.training.interrupts import Interrupted, Interrupts
 from prenorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from prenorm_jax.training.step import Params, State, abstract_state, init_state, judged_params, make_eval_step, make_train_step
+from prenorm_jax.training.step import (
+    Params,
+    State,
+    abstract_state,
+    init_state,
+    judged_params,
+    make_eval_step,
+    make_train_step,
+)
 from prenorm_jax.training.tasks import Task, task_of
 
 

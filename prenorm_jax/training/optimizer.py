@@ -1,4 +1,4 @@
-"""AdamW behind clipping, a moving average of the weights where one is asked for, with the learning-rate schedule and the mask that says which leaves decay.
+"""AdamW behind clipping, with its learning-rate schedule, the mask that says which leaves decay, and a moving average of the weights.
 
 Accumulation of micro-batches is not the optimizer's: the step adds their gradients up (step.py), so that clipping and
 AdamW see the gradient of the whole batch and the optimizer's state is the same whatever `accumulate` is.

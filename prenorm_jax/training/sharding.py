@@ -17,9 +17,9 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from prenorm_jax import models
 from prenorm_jax.models.config import ConfigError, GPTConfig, ViTConfig, require
-from prenorm_jax.models.placement import (
+from prenorm_jax.paths import Tree
+from prenorm_jax.placement import (
     AXES,
     BATCH,
     COLUMNS,
@@ -34,7 +34,6 @@ from prenorm_jax.models.placement import (
     fitted,
     parts,
 )
-from prenorm_jax.paths import Tree
 from prenorm_jax.training.experiment import Experiment, Mesh
 
 Config = ViTConfig | GPTConfig
@@ -170,7 +169,8 @@ def share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     """
     held: dict[int, set[int]] = {}
     parts = mesh.shape[DATA] * mesh.shape[FSDP]
-    for device, (rows,) in batch_sharding(mesh).devices_indices_map((parts,)).items():
+    places: Any = batch_sharding(mesh).devices_indices_map((parts,))
+    for device, (rows,) in places.items():
         held.setdefault(device.process_index, set()).add(rows.indices(parts)[0])
     shares = sorted({tuple(sorted(rows)) for rows in held.values()})
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
@@ -188,7 +188,11 @@ def whole_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[s
 def shared_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """A batch on the mesh that every process holds as a whole."""
     place = batch_sharding(mesh)
-    return {key: jax.make_array_from_callback(x.shape, place, lambda rows, x=x: x[rows]) for key, x in batch.items()}
+
+    def placed(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, place, lambda rows: x[rows])
+
+    return {key: placed(x) for key, x in batch.items()}
 
 
 def wholes(params: Tree, model: Config, mesh: jax.sharding.Mesh) -> list[str]:

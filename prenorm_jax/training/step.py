@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prenorm_jax import models
-from prenorm_jax.models import placement
+from prenorm_jax import models, placement
 from prenorm_jax.models.config import GPTConfig, ViTConfig
 from prenorm_jax.training import sharding
 from prenorm_jax.training.tasks import Task, without_smoothing
@@ -28,8 +27,12 @@ Metrics = dict[str, jax.Array]
 
 # Options of XLA, by backend, that pay in this step (docs/performance.md has the figures).
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
-    # Products go to cuBLASLt from the start, which then takes the bias and the residual addition into them.
-    "gpu": {"xla_gpu_enable_triton_gemm": False},
+    "gpu": {
+        # Products go to cuBLASLt from the start, which then takes bias, GELU and residual addition into them.
+        "xla_gpu_enable_triton_gemm": False,
+        # Products that read the same array stay apart: what comes out of a merged one has to be cut into pieces, which are copies.
+        "xla_gpu_dot_merger_threshold_mb": 0,
+    },
 }
 
 
@@ -159,7 +162,7 @@ def make_eval_step(
         values = task.judge(logits, batch["targets"])
         return {**{name: (value * weights).sum() for name, value in values.items()}, "weight": weights.sum()}
 
-    placed = {"out_shardings": sharding.everywhere(mesh)} if mesh else {}
+    placed: Any = {"out_shardings": sharding.everywhere(mesh)} if mesh else {}
     return jax.jit(eval_step, compiler_options=compiler_options(), **placed)
 
 

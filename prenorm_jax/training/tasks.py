@@ -1,13 +1,12 @@
 """The two tasks: what logits are judged by. A task gives values of each example; the step takes means over batches."""
 
 import dataclasses
-import functools
 import math
 
 import jax
-import jax.numpy as jnp
 
 from prenorm_jax.models.config import GPTConfig, ViTConfig
+from prenorm_jax.training.cross_entropy import cross_entropy
 from prenorm_jax.training.experiment import Experiment
 
 
@@ -31,15 +30,19 @@ class ImageClassification:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelling:
-    """Next-token cross entropy over the first `vocab_size` columns of the logits; the padded columns are no tokens."""
+    """Next-token cross entropy over the first `vocab_size` columns of the logits; the padded columns are no tokens.
+
+    logits: the dtype that the model computes its logits in, before it widens them.
+    """
 
     vocab_size: int
     label_smoothing: float = 0.0
     unit: str = "token"
+    logits: str = "float32"
 
     def judge(self, logits: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
         """logits (B, L, padded_vocab) float, targets (B, L) int -> {"loss": (B,)}: means over tokens, in nats."""
-        return {"loss": cross_entropy(logits, targets, self.vocab_size, self.label_smoothing).mean(-1)}
+        return {"loss": cross_entropy(logits, targets, self.vocab_size, self.label_smoothing, self.logits).mean(-1)}
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """Adds perplexity and bits per token (or byte) to mean values that hold "loss" in nats."""
@@ -58,53 +61,10 @@ def task_of(experiment: Experiment) -> Task:
     if isinstance(model, ViTConfig):
         return ImageClassification(smoothing)
     assert isinstance(model, GPTConfig)
-    return LanguageModelling(model.vocab_size, smoothing, "byte" if experiment.data.name == "stdlib" else "token")
+    unit = "byte" if experiment.data.name == "stdlib" else "token"
+    return LanguageModelling(model.vocab_size, smoothing, unit, model.dtype)
 
 
 def without_smoothing(task: Task) -> Task:
     """The same task as it is evaluated: the likelihood of the targets themselves."""
     return dataclasses.replace(task, label_smoothing=0.0)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def cross_entropy(logits: jax.Array, targets: jax.Array, classes: int, smoothing: float = 0.0) -> jax.Array:
-    """-sum_c q_c log softmax(logits)_c with q = (1 - smoothing) onehot(targets) + smoothing / classes.
-
-    logits (..., C) float with C >= classes, of which the columns from `classes` on count for nothing; targets (...)
-    int. Returns (...) in the logits' dtype.
-
-    The gradient, softmax(logits) - q, is written from the logits and their log-sum-exp in one pass: no array of the logits' shape is
-    kept but themselves, and logits that were widened for this are not stored wide.
-    """
-    return _cross_entropy(logits, targets, classes, smoothing)[0]
-
-
-def _cross_entropy(
-    logits: jax.Array, targets: jax.Array, classes: int, smoothing: float
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    # A mask fuses into the reductions; a slice would copy the logits to a width that the matrix units dislike.
-    real = _columns(logits) < classes
-    normaliser = jax.nn.logsumexp(jnp.where(real, logits, -jnp.inf), axis=-1)
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
-    loss = normaliser - (1 - smoothing) * target_logits
-    if smoothing:
-        loss -= smoothing * jnp.where(real, logits, 0).sum(-1) / classes
-    return loss, (logits, targets, normaliser)
-
-
-def _cross_entropy_gradient(
-    classes: int, smoothing: float, kept: tuple[jax.Array, jax.Array, jax.Array], dloss: jax.Array
-) -> tuple[jax.Array, None]:
-    logits, targets, normaliser = kept
-    columns = _columns(logits)
-    wanted = jnp.where(columns == targets[..., None], 1 - smoothing, 0.0) + smoothing / classes
-    gradient = jnp.exp(logits - normaliser[..., None]) - wanted.astype(logits.dtype)
-    return jnp.where(columns < classes, gradient, 0) * dloss[..., None], None
-
-
-cross_entropy.defvjp(_cross_entropy, _cross_entropy_gradient)
-
-
-def _columns(logits: jax.Array) -> jax.Array:
-    """The index of each logit's column, shape of the logits."""
-    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)

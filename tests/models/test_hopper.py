@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prenorm_jax.models import hopper, placement
-from prenorm_jax.models.blocks import attend
+from prenorm_jax import placement
+from prenorm_jax.models import blocks, hopper
 from prenorm_jax.training import sharding
 from prenorm_jax.training.experiment import Mesh
 
@@ -94,16 +94,19 @@ def test_what_the_kernels_do_not_take_is_refused():
         with pytest.raises(ValueError, match=r"expected one shape \(batch, rows, heads, 64\) with 64 to 200 rows"):
             hopper.attend(wrong, wrong, wrong, wrong.shape[1])
     with pytest.raises(ValueError, match="for causal attention choose auto"):
-        attend(q, q, q, causal=True, implementation="hopper")
+        blocks.attend(q, q, q, causal=True, implementation="hopper")
 
 
 def on_a_mesh(kernel):
     """Attention with its gradients, jitted for 2 x 2 devices: two share the examples, two the heads."""
     mesh = sharding.make_mesh(Mesh(data=2, tensor=2))
 
+    def attend(*qkv):
+        return placement.on_each_device(kernel, qkv, (placement.HEADS,) * 3, placement.HEADS)
+
     def both_passes(q, k, v, dout):
         with placement.within(mesh):
-            out, pull_back = jax.vjp(lambda *qkv: placement.on_each_device(kernel, *qkv), q, k, v)
+            out, pull_back = jax.vjp(attend, q, k, v)
             return out, *pull_back(dout)
 
     return mesh, jax.jit(both_passes, in_shardings=sharding.batch_sharding(mesh))

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import prenorm_jax as pn
-from prenorm_jax import models
+from prenorm_jax import models, norms
 from prenorm_jax.models import GPT_SIZES, VIT_SIZES, GPTConfig, ViTConfig, gpt_config, vit_config
 from prenorm_jax.models.blocks import attend
 
@@ -129,9 +129,7 @@ def test_a_reflected_model_runs_as_a_plain_rms_norm_model(name, random_params, m
     # A compact model whose norm is the plain RMSNorm of width d - 1 and nothing else
     compact = dataclasses.replace(config, norm="pre_crmsnorm", layout="compact")
     eps = pn.plain_eps(config.eps, config.width)
-    variant = dataclasses.replace(
-        models.variant(compact), norm=lambda x, scale=None, bias=None, *, eps: pn.rms_norm(x, scale, bias, eps=eps)
-    )
+    variant = dataclasses.replace(models.variant(compact), kind=norms.rms)
     for module in ("gpt", "vit"):
         monkeypatch.setattr(f"prenorm_jax.models.{module}.variant", lambda config: variant)
     models._split.cache_clear()

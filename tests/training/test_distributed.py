@@ -89,7 +89,10 @@ def test_processes_are_found_in_flags_and_environment(arguments, environment, ex
         (["--distributed=slurm", "--process=0"], "--process: got '0'; allowed: nothing beside --distributed=slurm"),
         (["--coordinator=host", "--processes=2", "--process=0"], "--coordinator: got 'host'; allowed: HOST:PORT"),
         (["--coordinator=h:1", "--processes=0", "--process=0"], "--processes: got '0'; allowed: 1 or more"),
-        (["--coordinator=h:1", "--processes=2", "--process=2"], "--process: got '2'; allowed: 0 to 1 for --processes=2"),
+        (
+            ["--coordinator=h:1", "--processes=2", "--process=2"],
+            "--process: got '2'; allowed: 0 to 1 for --processes=2",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_one_line(arguments, message):

@@ -112,7 +112,9 @@ def test_every_leaf_of_every_model_has_a_rule_in_every_chart(model, norm, scan_l
 
 
 def test_a_leaf_without_a_rule_is_an_error():
-    with pytest.raises(ConfigError, match=r"parameter blocks/0/gate/kernel: no rule says how it is split .* add one to"):
+    with pytest.raises(
+        ConfigError, match=r"parameter blocks/0/gate/kernel: no rule says how it is split .* add one to"
+    ):
         sharding.param_shardings(
             {"blocks": {"0": {"gate": {"kernel": jnp.zeros((2, 2))}}}}, VIT, sharding.make_mesh(Mesh())
         )

@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from prenorm_jax.training.tasks import ImageClassification, LanguageModelling, cross_entropy, without_smoothing
+from prenorm_jax.training.cross_entropy import cross_entropy
+from prenorm_jax.training.tasks import ImageClassification, LanguageModelling, without_smoothing
 
 
 def logits_and_targets(shape=(4, 3), classes=7):

@@ -43,7 +43,11 @@ def batch_of(model: ViTConfig | GPTConfig, seed: int) -> dict[str, np.ndarray]:
     else:
         window = rng.integers(model.vocab_size, size=(BATCH, model.context + 1))
         inputs, targets = window[:, :-1].astype(np.int32), window[:, 1:]
-    return {"inputs": inputs, "targets": targets.astype(np.int32), "weights": np.linspace(0, 2, BATCH, dtype=model.dtype)}
+    return {
+        "inputs": inputs,
+        "targets": targets.astype(np.int32),
+        "weights": np.linspace(0, 2, BATCH, dtype=model.dtype),
+    }
 
 
 def task_of(model: ViTConfig | GPTConfig):

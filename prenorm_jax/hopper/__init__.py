@@ -1,0 +1,52 @@
+"""Kernels for GPUs of compute capability 9 (Pallas, Mosaic GPU), where XLA's own leave a part of the step on the table.
+
+Each has a plain form beside it that computes the same and that every other backend takes; each says itself what it serves. Pallas is
+imported where a kernel is made: other backends, and versions of jax before 0.11, never see it.
+"""
+
+import functools
+from typing import Any
+
+import jax
+
+from prenorm_jax import placement
+
+
+def available() -> bool:
+    """Whether the devices are GPUs of compute capability 9.0: those of the mesh in force (`prenorm_jax.placement`), or this process's one.
+    Over several without a mesh, nothing would tell a kernel how its arguments are split."""
+    return _is_made_for_this() and (jax.device_count() == 1 or bool(placement.sizes()))
+
+
+@functools.cache
+def _is_made_for_this() -> bool:
+    if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
+        return False
+    return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+
+
+def pallas() -> tuple[Any, Any]:
+    """Pallas and its Mosaic GPU half."""
+    from jax.experimental import pallas
+    from jax.experimental.pallas import mosaic_gpu
+
+    return pallas, mosaic_gpu
+
+
+def row_blocks(count: int, interpret: Any, *, barriers: bool) -> dict[str, Any]:
+    """How a kernel is launched whose thread blocks, of one warpgroup each, take rows in turn.
+
+    Args:
+      count: of thread blocks.
+      interpret: False, or the parameters of Pallas's interpreter, which runs without a GPU.
+      barriers: whether stores wait for the whole warpgroup, as what is read again has to.
+    """
+    _, gpu = pallas()
+    return {
+        "grid": (count,),
+        "grid_names": ("blocks",),
+        "num_threads": 1,
+        "thread_name": "warpgroup",
+        "compiler_params": gpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not barriers),
+        "interpret": interpret,
+    }

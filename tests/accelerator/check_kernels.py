@@ -1,0 +1,97 @@
+"""On a GPU of compute capability 9.0: the kernels of norms and of the cross entropy against the XLA forms, in float32 and as they are timed.
+
+PYTHONPATH=. python tests/accelerator/check_kernels.py
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from prenorm_jax import norms
+from prenorm_jax.hopper import cross_entropy, norm_gradient
+
+WIDTHS = (192, 384, 768, 1024, 1280)
+KINDS = {
+    "layer": norms.layer,
+    "rms": norms.rms,
+    "packed reflect": norms.packed,
+    "packed drop": lambda lanes, eps: norms.packed(lanes, eps, "drop"),
+}
+
+
+def microseconds(function, *arguments, calls=20):
+    jax.block_until_ready(function(*arguments))
+    start = time.perf_counter()
+    for _ in range(calls):
+        out = function(*arguments)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / calls * 1e6
+
+
+def missed(found, wanted):
+    wanted = wanted.astype(jnp.float32)
+    return float(jnp.linalg.norm(found.astype(jnp.float32) - wanted) / jnp.linalg.norm(wanted))
+
+
+def check_norms():
+    for width in WIDTHS:
+        rows = 2**25 // width // 8 * 8
+        x, dn, dbranch = (
+            jax.random.normal(key, (rows, width), jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3)
+        )
+        for name, kind_of in KINDS.items():
+            kind, affine = kind_of(width, 1e-6), name == "layer"
+            scale = jnp.linspace(0.5, 2, width) if affine else None
+            sums = ("dx", "dscale", "dbias") if affine else ("dx",)
+            assert norm_gradient.served(x)
+
+            def kernel(x, dn, dbranch, kind=kind, sums=sums, scale=scale):
+                arguments = {"divisor": kind.divisor, "eps": kind.eps, "centred": kind.centred}
+                arguments |= {"squared_sum": kind.squared_sum, "spare_lane": kind.spare_lane}
+                return norm_gradient.norm_gradient(x, dn, dbranch, scale, column_sums=sums, **arguments)
+
+            def plain(x, dn, dbranch, kind=kind, sums=sums, scale=scale):
+                return norms._gradients_by_xla(kind, x, dn, dbranch, scale, sums)
+
+            wanted = jax.jit(plain)(*(array.astype(jnp.float32) for array in (x, dn, dbranch)))
+            errors = [missed(*pair) for pair in zip(kernel(x, dn, dbranch), wanted, strict=True)]
+            times = [microseconds(jax.jit(form), x, dn, dbranch) for form in (kernel, plain)]
+            print(
+                f"{name:15s} {rows} x {width}: errors {[f'{e:.1e}' for e in errors]}, kernel {times[0]:.0f} us, XLA {times[1]:.0f} us"
+            )
+            # dx is rounded to bfloat16, sums are not; the control has another branch's gradient.
+            assert errors[0] < 3e-3, errors
+            assert max(errors[1:]) < 1e-4, errors
+            assert missed(kernel(x, dn, -dbranch)[0], wanted[0]) > 0.1
+
+
+def check_cross_entropy():
+    for rows, columns, classes in ((16384, 50304, 50257), (8192, 32768, 32768), (4096, 8448, 8400)):
+        logits = 3 * jax.random.normal(jax.random.key(0), (rows, columns), jnp.bfloat16)
+        targets = jax.random.randint(jax.random.key(1), (rows,), 0, classes)
+        dloss = jax.random.uniform(jax.random.key(2), (rows,))
+        assert cross_entropy.served(logits.shape, logits.dtype, classes)
+        live = jnp.where(jnp.arange(columns) < classes, logits.astype(jnp.float32), -jnp.inf)
+        wanted = jax.nn.logsumexp(live, axis=-1)
+        slope = (jnp.exp(live - wanted[:, None]) - jax.nn.one_hot(targets, columns)) * dloss[:, None]
+
+        def sums(logits, classes=classes):
+            return cross_entropy.log_sum_exp(logits, classes=classes)
+
+        def gradient(logits, wanted=wanted, targets=targets, dloss=dloss, classes=classes):
+            return cross_entropy.gradient(logits, wanted, targets, dloss, classes=classes)
+
+        errors = missed(sums(logits), wanted), missed(gradient(logits), slope)
+        times = [microseconds(form, logits) for form in (sums, gradient)]
+        print(f"cross entropy {rows} x {columns}: errors {errors}, {times[0]:.0f} and {times[1]:.0f} us")
+        assert errors[0] < 1e-6, errors
+        assert errors[1] < 3e-3, errors
+        # The control: one class less.
+        assert missed(sums(logits, classes - 1), wanted) > 1e-7
+
+
+if __name__ == "__main__":
+    check_norms()
+    check_cross_entropy()
+    print("kernels hold")
