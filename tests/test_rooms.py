@@ -13,6 +13,7 @@ ORDER = [
     "paths",
     "bases",
     "precision",
+    "placement",
     "hopper",
     "norms",
     "main_branch",

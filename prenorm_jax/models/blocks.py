@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prenorm_jax import norms
-from prenorm_jax.models import hopper, placement
+from prenorm_jax import norms, placement
+from prenorm_jax.models import hopper
 from prenorm_jax.models.config import ATTENTIONS, Transformer, require_one_of
 from prenorm_jax.models.gelu import gelu
 from prenorm_jax.models.stochastic_depth import of_sample
@@ -250,7 +250,7 @@ def _attend_on_even_rows(kernel: str, q: Array, k: Array, v: Array, *, causal: b
         attend = functools.partial(_attend_on_hopper, length=k.shape[1] if length is None else length)
     else:
         attend = functools.partial(_attend_in_cudnn, causal=causal, length=length)
-    return placement.on_each_device(attend, q, k, v)[:, :queries]
+    return placement.on_each_device(attend, (q, k, v), (placement.HEADS,) * 3, placement.HEADS)[:, :queries]
 
 
 def _attend_on_hopper(q: Array, k: Array, v: Array, *, length: int) -> Array:
@@ -370,12 +370,12 @@ def run(
     Returns: the main branch after the last block (N, R), before and after every block (depth + 1, N, R), and the new cache.
     """
     graph: Any
+    states: Any
 
     def step(x: Array, written: Written, layer: tuple[Any, Any, Any]) -> tuple[Array, Array, Written, Any]:
         state, cache, scales = layer
-        before, x, (y, bias), cache = nnx.merge(graph, state)(x, written, batch, cache, position, length, scales)
-        y = None if y is None else placement.examples(y)
-        return placement.examples(before), placement.examples(x), (y, bias), cache
+        before, x, written, cache = nnx.merge(graph, state)(x, written, batch, cache, position, length, scales)
+        return before, placement.examples(x), written, cache
 
     step = jax.checkpoint(step, policy=REMAT_POLICIES[remat]) if remat else step
     scales = None if branch_scales is None else jnp.moveaxis(branch_scales, 1, 0)

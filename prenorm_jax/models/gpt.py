@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prenorm_jax.models import blocks, placement
+from prenorm_jax import placement
+from prenorm_jax.models import blocks
 from prenorm_jax.models.config import GPTConfig
 from prenorm_jax.models.variants import variant
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from prenorm_jax.models import placement
+from prenorm_jax import placement
 
 Array = jax.Array
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from prenorm_jax.models import blocks, placement
+from prenorm_jax import placement
+from prenorm_jax.models import blocks
 from prenorm_jax.models.config import ViTConfig
 from prenorm_jax.models.variants import variant
 

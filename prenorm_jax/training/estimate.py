@@ -55,14 +55,13 @@ def candidates(experiment: Experiment, devices: int) -> list[Mesh]:
     found = [Mesh(data=devices), Mesh(data=1, fsdp=devices), Mesh(data=devices // node, fsdp=node)]
     found.append(Mesh(data=1, fsdp=devices // node, tensor=node))
     settings, heads = experiment.train, experiment.model.heads
-    allowed = [
+    return [
         mesh
         for mesh in dict.fromkeys(found)
         if mesh.data * mesh.fsdp * mesh.tensor == devices
         and heads % mesh.tensor == 0
         and settings.batch_size // settings.accumulate % (mesh.data * mesh.fsdp) == 0
     ]
-    return allowed
 
 
 def rows(experiment: Experiment) -> list[dict[str, Any]]:
@@ -115,7 +114,8 @@ def _at_depth(experiment: Experiment, depth: int) -> dict[str, float]:
     """The figures of a model of so many layers, looped: XLA counts the body of a loop once."""
     import jax
 
-    from prenorm_jax.models import blocks, placement
+    from prenorm_jax import placement
+    from prenorm_jax.models import blocks
     from prenorm_jax.training import sharding
     from prenorm_jax.training.optimizer import make_optimizer
     from prenorm_jax.training.step import abstract_state, make_train_step
@@ -143,6 +143,7 @@ def _at_depth(experiment: Experiment, depth: int) -> dict[str, float]:
     places = sharding.param_shardings(running, model, mesh)
     micro = _batch(model, settings.batch_size // settings.accumulate)
     half = jax.jit(forward_half, in_shardings=(places, sharding.batch_sharding(mesh))).lower(running, micro).compile()
+    analysis: Any = half.memory_analysis()
     gradients = sum(
         math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf, place in zip(
@@ -155,7 +156,7 @@ def _at_depth(experiment: Experiment, depth: int) -> dict[str, float]:
     attention = 12.0 * depth * model.width * settings.batch_size * length**2 / math.prod(mesh.shape.values())
     return {
         "state": float(compiled.memory_analysis().argument_size_in_bytes),
-        "kept": float(half.memory_analysis().output_size_in_bytes),
+        "kept": float(analysis.output_size_in_bytes),
         "gradients": float(gradients),
         "flop": float(compiled.cost_analysis()["flops"]) + attention,
         "exchanged": float(_exchanged(compiled.as_text())),
@@ -257,7 +258,7 @@ def experiment_of(family: str, size: str, devices: int, per_device: int, **field
 
 def main(arguments: list[str]) -> int:
     """Measures one experiment from standard input, or prints the table of named sizes. Exit status 2 for what can't be."""
-    flags = argparse.ArgumentParser(prog="prenorm_jax.training.estimate", description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    flags = argparse.ArgumentParser(prog="prenorm_jax.training.estimate", description=__doc__.partition("\n")[0])
     flags.add_argument("family", choices=("gpt", "vit"), nargs="?")
     flags.add_argument("sizes", nargs="*", metavar="SIZE")
     flags.add_argument("--devices", type=int, nargs="+", default=[8])

@@ -18,7 +18,8 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from prenorm_jax.models.config import ConfigError, GPTConfig, ViTConfig, require
-from prenorm_jax.models.placement import (
+from prenorm_jax.paths import Tree
+from prenorm_jax.placement import (
     AXES,
     BATCH,
     COLUMNS,
@@ -33,7 +34,6 @@ from prenorm_jax.models.placement import (
     fitted,
     parts,
 )
-from prenorm_jax.paths import Tree
 from prenorm_jax.training.experiment import Experiment, Mesh
 
 Config = ViTConfig | GPTConfig
@@ -169,7 +169,8 @@ def share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     """
     held: dict[int, set[int]] = {}
     parts = mesh.shape[DATA] * mesh.shape[FSDP]
-    for device, (rows,) in batch_sharding(mesh).devices_indices_map((parts,)).items():
+    places: Any = batch_sharding(mesh).devices_indices_map((parts,))
+    for device, (rows,) in places.items():
         held.setdefault(device.process_index, set()).add(rows.indices(parts)[0])
     shares = sorted({tuple(sorted(rows)) for rows in held.values()})
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)

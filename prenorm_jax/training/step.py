@@ -9,15 +9,14 @@ once: the cost of h does not depend on the batch, on its length or on how often 
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from prenorm_jax import models
-from prenorm_jax.models import placement
+from prenorm_jax import models, placement
 from prenorm_jax.models.config import GPTConfig, ViTConfig
 from prenorm_jax.training import guards, sharding
 from prenorm_jax.training.tasks import Task, without_smoothing
@@ -87,6 +86,7 @@ def make_train_step(
     mesh: jax.sharding.Mesh | None = None,
     stochastic_depth: float = 0.0,
     seed: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
     """A jitted (state, batch) -> (state, metrics); the state is donated.
 
@@ -99,6 +99,7 @@ def make_train_step(
       mesh: what the state and the batch lie on (sharding.state_shardings, sharding.batch_sharding); None: on one device.
       stochastic_depth: the rate at which samples skip branches, the same ones whatever `accumulate`, the mesh and the variant are: they
         follow from `seed` and the step.
+      options: of XLA, beside those of `compiler_options`.
     """
 
     def weighted_values(running: Params, batch: dict[str, jax.Array], total: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -144,7 +145,7 @@ def make_train_step(
         return State(params, opt_state, state.step + 1), {**metrics, "grad_norm": norm, "finite": finite}
 
     if mesh is None:
-        return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
+        return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options() | dict(options or {}))
 
     def train_step_on_mesh(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
         with placement.within(mesh):
@@ -156,7 +157,7 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(places, sharding.batch_sharding(mesh)),
         out_shardings=(places, sharding.everywhere(mesh)),
-        compiler_options=compiler_options(),
+        compiler_options=compiler_options() | dict(options or {}),
     )
 
 
@@ -191,7 +192,7 @@ def make_eval_step(
         values = task.judge(logits, batch["targets"])
         return {**{name: (value * weights).sum() for name, value in values.items()}, "weight": weights.sum()}
 
-    placed = {"out_shardings": sharding.everywhere(mesh)} if mesh else {}
+    placed: Any = {"out_shardings": sharding.everywhere(mesh)} if mesh else {}
     return jax.jit(eval_step, compiler_options=compiler_options(), **placed)
 
 

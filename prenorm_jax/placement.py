@@ -34,6 +34,11 @@ COLUMNS: Place = (PartitionSpec(None, (TENSOR, FSDP)),)
 ROWS: Place = (PartitionSpec((TENSOR, FSDP), None),)
 # A vocabulary is a multiple of 128, seldom of 256.
 TABLE: Place = (*ROWS, PartitionSpec(TENSOR, FSDP))
+Specs = tuple[PartitionSpec | None, ...]
+SUMMED = None
+"""In `on_each_device`: a result of which each device has the share of its examples."""
+HEADS = PartitionSpec(BATCH, None, TENSOR, None)
+EXAMPLES, WHOLE = PartitionSpec(BATCH), PartitionSpec()
 POSITIONS: Place = (PartitionSpec(FSDP, None),)
 PATCHES: Place = (PartitionSpec(FSDP, None, None, None),)
 
@@ -105,15 +110,44 @@ _gathered.defvjp(
 )
 
 
-def on_each_device(function: Callable[..., Array], *qkv: Array) -> Array:
-    """`function` of arrays (B, L, H, K), called on each device with its own examples and heads: for kernels that XLA can't split."""
+def on_each_device(
+    function: Callable[..., Any],
+    arrays: tuple[Array, ...],
+    given: tuple[PartitionSpec, ...],
+    made: Specs | PartitionSpec,
+) -> Any:
+    """`function` of arrays, called on each device with its own part of them: for kernels that XLA can't split.
+
+    Args:
+      given: how each array is split, from its first axis on; what does not divide an axis leaves it whole.
+      made: how the result is split, or each of them; of those that are SUMMED, the sum over all examples is returned.
+    """
     here = sizes()
     if math.prod(here.values()) == 1:
-        return function(*qkv)
-    spec = fitted((PartitionSpec(BATCH, None, TENSOR, None),), qkv[0].shape, here)
+        return function(*arrays)
+    parts = tuple(
+        fitted((PartitionSpec(*spec, *[None] * (array.ndim - len(spec))),), array.shape, here)
+        for spec, array in zip(given, arrays, strict=True)
+    )
+
+    def on_one(*own: Array) -> Any:
+        results = function(*own)
+        if isinstance(made, PartitionSpec):
+            return results
+        return tuple(
+            jax.lax.psum(one, BATCH) if spec is SUMMED else one for one, spec in zip(results, made, strict=True)
+        )
+
+    out: Any = made if isinstance(made, PartitionSpec) else tuple(WHOLE if spec is SUMMED else spec for spec in made)
     # A kernel doesn't say along which axes its result varies, so there is nothing to check.
-    split = jax.shard_map(function, in_specs=(spec,) * len(qkv), out_specs=spec, check_vma=False)
-    return split(*qkv)
+    return jax.shard_map(on_one, in_specs=parts, out_specs=out, check_vma=False)(*arrays)
+
+
+def own(rows: int) -> int:
+    """How many of so many examples, or of their tokens, a device has; 0 where they don't come out even."""
+    here = sizes()
+    parts = math.prod(here.get(axis, 1) for axis in BATCH)
+    return 0 if rows % parts else rows // parts
 
 
 def _tuple(entry: Any) -> tuple[str, ...]:
