@@ -109,7 +109,7 @@ class Work:
         if self.kind == "inference":
             return inference_case(self.config(form), params, self.data()["inputs"])
         return training_case(
-            self.config(form), params, self.task, _optimizer(), self.data(), coordinates=self.coordinates
+            self.config(form), params, self.task, optimizer(), self.data(), coordinates=self.coordinates
         )
 
     def operations(self, form: Form) -> list[counts.Operation]:
@@ -158,6 +158,7 @@ def _narrow(shapes: Tree, dtype: str) -> Tree:
 
 
 @functools.cache
-def _optimizer() -> optax.GradientTransformation:
+def optimizer() -> optax.GradientTransformation:
+    """What timed works are trained with."""
     # So small a learning rate that no form leaves the finite numbers, the one without norms included.
     return make_optimizer(Optimizer(learning_rate=1e-7, warmup_steps=1), 10**6)

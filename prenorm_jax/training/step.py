@@ -9,7 +9,7 @@ once: the cost of h does not depend on the batch, on its length or on how often 
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -81,6 +81,7 @@ def make_train_step(
     coordinates: str = "pre_ln",
     accumulate: int = 1,
     mesh: jax.sharding.Mesh | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
     """A jitted (state, batch) -> (state, metrics); the state is donated.
 
@@ -91,6 +92,7 @@ def make_train_step(
 
     Args:
       mesh: what the state and the batch lie on (sharding.state_shardings, sharding.batch_sharding); None: on one device.
+      options: of XLA, beside those of `compiler_options`.
     """
 
     def weighted_values(running: Params, batch: dict[str, jax.Array], total: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -130,7 +132,7 @@ def make_train_step(
         return State(params, opt_state, state.step + 1), {**metrics, "grad_norm": norm, "finite": finite}
 
     if mesh is None:
-        return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
+        return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options() | dict(options or {}))
 
     def train_step_on_mesh(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
         with placement.within(mesh):
@@ -142,7 +144,7 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(places, sharding.batch_sharding(mesh)),
         out_shardings=(places, sharding.everywhere(mesh)),
-        compiler_options=compiler_options(),
+        compiler_options=compiler_options() | dict(options or {}),
     )
 
 
