@@ -1,0 +1,10 @@
+def function_0(x):
+    return x + 0
+def function_0(x):
+    return x + 0
+def function_0(x):
+    return x + 0
+def function_0(x):
+    return x + 0
+def function_0(x):
+    return x + 0

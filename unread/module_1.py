@@ -1,0 +1,10 @@
+def function_1(x):
+    return x + 1
+def function_1(x):
+    return x + 1
+def function_1(x):
+    return x + 1
+def function_1(x):
+    return x + 1
+def function_1(x):
+    return x + 1

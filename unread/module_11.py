@@ -1,0 +1,10 @@
+def function_11(x):
+    return x + 11
+def function_11(x):
+    return x + 11
+def function_11(x):
+    return x + 11
+def function_11(x):
+    return x + 11
+def function_11(x):
+    return x + 11

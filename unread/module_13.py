@@ -1,0 +1,10 @@
+def function_13(x):
+    return x + 13
+def function_13(x):
+    return x + 13
+def function_13(x):
+    return x + 13
+def function_13(x):
+    return x + 13
+def function_13(x):
+    return x + 13

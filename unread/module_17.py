@@ -1,0 +1,10 @@
+def function_17(x):
+    return x + 17
+def function_17(x):
+    return x + 17
+def function_17(x):
+    return x + 17
+def function_17(x):
+    return x + 17
+def function_17(x):
+    return x + 17

@@ -1,0 +1,10 @@
+def function_2(x):
+    return x + 2
+def function_2(x):
+    return x + 2
+def function_2(x):
+    return x + 2
+def function_2(x):
+    return x + 2
+def function_2(x):
+    return x + 2

@@ -1,0 +1,10 @@
+def function_22(x):
+    return x + 22
+def function_22(x):
+    return x + 22
+def function_22(x):
+    return x + 22
+def function_22(x):
+    return x + 22
+def function_22(x):
+    return x + 22

@@ -1,0 +1,10 @@
+def function_28(x):
+    return x + 28
+def function_28(x):
+    return x + 28
+def function_28(x):
+    return x + 28
+def function_28(x):
+    return x + 28
+def function_28(x):
+    return x + 28

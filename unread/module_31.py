@@ -1,0 +1,10 @@
+def function_31(x):
+    return x + 31
+def function_31(x):
+    return x + 31
+def function_31(x):
+    return x + 31
+def function_31(x):
+    return x + 31
+def function_31(x):
+    return x + 31

@@ -1,0 +1,10 @@
+def function_32(x):
+    return x + 32
+def function_32(x):
+    return x + 32
+def function_32(x):
+    return x + 32
+def function_32(x):
+    return x + 32
+def function_32(x):
+    return x + 32

@@ -1,0 +1,10 @@
+def function_39(x):
+    return x + 39
+def function_39(x):
+    return x + 39
+def function_39(x):
+    return x + 39
+def function_39(x):
+    return x + 39
+def function_39(x):
+    return x + 39

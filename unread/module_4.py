@@ -1,0 +1,10 @@
+def function_4(x):
+    return x + 4
+def function_4(x):
+    return x + 4
+def function_4(x):
+    return x + 4
+def function_4(x):
+    return x + 4
+def function_4(x):
+    return x + 4

@@ -1,0 +1,10 @@
+def function_6(x):
+    return x + 6
+def function_6(x):
+    return x + 6
+def function_6(x):
+    return x + 6
+def function_6(x):
+    return x + 6
+def function_6(x):
+    return x + 6

@@ -1,0 +1,10 @@
+def function_8(x):
+    return x + 8
+def function_8(x):
+    return x + 8
+def function_8(x):
+    return x + 8
+def function_8(x):
+    return x + 8
+def function_8(x):
+    return x + 8

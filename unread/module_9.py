@@ -1,0 +1,10 @@
+def function_9(x):
+    return x + 9
+def function_9(x):
+    return x + 9
+def function_9(x):
+    return x + 9
+def function_9(x):
+    return x + 9
+def function_9(x):
+    return x + 9
