@@ -307,8 +307,8 @@ CHARTS = {
 }
 
 
-def test_from_any_coordinates_to_any_others_the_function_stays(random_params):
-    experiment = small.experiment(pathlib.Path("unread"))
+def test_from_any_coordinates_to_any_others_the_function_stays(random_params, tmp_path):
+    experiment = small.experiment(tmp_path / "library")
     experiments = {
         name: changed(
             experiment, model={**model, "dtype": "float64", "param_dtype": "float64"}, train={"coordinates": c}
