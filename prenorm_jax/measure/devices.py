@@ -21,7 +21,7 @@ import numpy as np
 
 from prenorm_jax.measure import step_time
 from prenorm_jax.measure.equivalence import Form
-from prenorm_jax.measure.works import Work, optimizer, work
+from prenorm_jax.measure.works import Work, optimizer
 from prenorm_jax.models.config import require, require_one_of
 from prenorm_jax.training import sharding
 from prenorm_jax.training.experiment import Mesh
@@ -82,9 +82,7 @@ def case(work: Work, form: Form, mesh: Mesh, options: Mapping[str, Any]) -> step
     places = sharding.make_mesh(mesh)
     whole = dataclasses.replace(work, batch=work.batch * mesh.data * mesh.fsdp)
     model, tx = whole.config(form), optimizer()
-    step: Any = make_train_step(
-        model, whole.task, tx, coordinates=whole.coordinates, mesh=places, options=options
-    )
+    step: Any = make_train_step(model, whole.task, tx, coordinates=whole.coordinates, mesh=places, options=options)
     state = init_state(whole.params(form), tx)
     state = jax.device_put(state, sharding.state_shardings(state, model, tx, places))
     batch = sharding.whole_batch(whole.data(), places)

@@ -185,7 +185,7 @@ def require_continued(before: int, output: str) -> None:
 
 def sigkill(room: Room) -> str:
     """SIGKILL at random moments, every third of them inside a save."""
-    job, inside, moments = room.job("sigkill"), 0, []
+    job, inside, moments, before = room.job("sigkill"), 0, [], 0
     for index in range(room.kills):
         [process] = job.start()
         start = last_step(job.workdir)
@@ -196,10 +196,11 @@ def sigkill(room: Room) -> str:
             step = room.rng.randrange(start, min(start + 9, room.whole.experiment.train.steps - 4))
             wait([process], lambda at=job, step=step: last_step(at.workdir) >= step)
             time.sleep(room.rng.random() * 0.05)
-        before = saved_step(job.workdir)
+        goes_on_from, before = before, saved_step(job.workdir)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        output, _ = process.communicate()
         assert process.returncode == -signal.SIGKILL
+        require_continued(goes_on_from, output)
         inside += bool(half_written(job))
         moments.append(last_step(job.workdir))
         # Start over in another workdir when the run would end before the next kill.
@@ -208,9 +209,10 @@ def sigkill(room: Room) -> str:
             assert status == 0, errors
             require_continued(before, output)
             room.require_same(job.workdir)
-            job = room.job(f"sigkill-{index}")
+            job, before = room.job(f"sigkill-{index}"), 0
     [(status, output, errors)] = job.finish()
     assert status == 0, errors
+    require_continued(before, output)
     room.require_same(job.workdir)
     assert inside >= room.kills // 4, inside
     return f"{room.kills} kills behind steps {', '.join(map(str, moments))}; {inside} of them inside a save"
