@@ -12,7 +12,7 @@ import rich.console
 
 from prenorm_jax import models
 from prenorm_jax.models.config import require
-from prenorm_jax.training import boards, checkpoints, data, metrics, sharding, summary
+from prenorm_jax.training import boards, checkpoints, data, metrics, saving, sharding, summary
 from prenorm_jax.training.disk import full_disks_told
 from prenorm_jax.training.experiment import Experiment, as_tree
 from prenorm_jax.training.guards import Guard
@@ -67,7 +67,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
         workdir.mkdir(parents=True, exist_ok=True)
         if first:
             stack.enter_context(locked(workdir))
-        saved = stack.enter_context(checkpoints.Checkpoints(workdir, experiment))
+        saved = stack.enter_context(saving.Checkpoints(workdir, experiment))
         share = sharding.share(run.mesh)
         batches = data.train_batches(splits.train, experiment.data, experiment.train.batch_size, *share)
         stack.callback(batches.close)
@@ -128,7 +128,7 @@ class _Run:
         self,
         state: State,
         batches: grain.DatasetIterator,
-        saved: checkpoints.Checkpoints,
+        saved: saving.Checkpoints,
         log: Log,
         guard: Guard,
         profile: Profile,
@@ -194,7 +194,7 @@ def _announce(
     console: rich.console.Console,
     experiment: Experiment,
     workdir: pathlib.Path,
-    restored: checkpoints.Restored,
+    restored: saving.Restored,
     splits: data.Splits,
     changed: list[str],
 ) -> None:

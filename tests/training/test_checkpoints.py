@@ -11,7 +11,7 @@ import small_experiment as small
 
 from prenorm_jax import models
 from prenorm_jax.models.config import ConfigError
-from prenorm_jax.training import checkpoints, data
+from prenorm_jax.training import checkpoints, data, saving
 from prenorm_jax.training.optimizer import make_optimizer
 from prenorm_jax.training.step import init_state
 
@@ -32,7 +32,7 @@ def saved(workdir: pathlib.Path, experiment, step: int = 5):
     batches = data.train_batches(data.load(experiment).train, experiment.data, settings.batch_size)
     for _ in range(step):
         next(batches)
-    with checkpoints.Checkpoints(workdir, experiment) as manager:
+    with saving.Checkpoints(workdir, experiment) as manager:
         manager.save(state, batches)
     return state, batches, tx
 
@@ -44,7 +44,7 @@ def test_a_state_and_its_place_in_the_data_come_back(tmp_path, coordinates):
     state, batches, tx = saved(tmp_path / "run", experiment)
     initial = init_state(models.init(experiment.model, 7, coordinates), tx)
     again = data.train_batches(data.load(experiment).train, experiment.data, experiment.train.batch_size)
-    with checkpoints.Checkpoints(tmp_path / "run", experiment) as manager:
+    with saving.Checkpoints(tmp_path / "run", experiment) as manager:
         restored = manager.restore(initial, again).state
     assert_same(restored, state)
     np.testing.assert_array_equal(next(again)["inputs"], next(batches)["inputs"])
@@ -140,7 +140,7 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path, value):
     state, batches, _ = saved(tmp_path / "run", experiment, 5)
     embed = {"table": state.params["embed"]["table"].at[3, 2].set(value)}
     broken = dataclasses.replace(state, params={**state.params, "embed": embed}, step=jnp.int32(6))
-    with checkpoints.Checkpoints(tmp_path / "run", experiment) as manager:
+    with saving.Checkpoints(tmp_path / "run", experiment) as manager:
         with pytest.raises(FloatingPointError, match="the parameters of step 6 are not finite"):
             manager.save(broken, batches)
         manager.save(dataclasses.replace(state, step=jnp.int32(7)), batches)  # the control
@@ -152,7 +152,7 @@ def test_the_best_are_kept_beside_the_newest_also_over_a_restart(tmp_path):
     state, batches, _ = saved(tmp_path / "run", experiment, 1)
     losses = {2: 0.5, 3: 0.2, 4: 0.9, 5: 0.8}
     for several in ((2, 3, 4), (5,)):
-        with checkpoints.Checkpoints(tmp_path / "run", experiment) as manager:
+        with saving.Checkpoints(tmp_path / "run", experiment) as manager:
             manager.restore(state, batches)
             for step in several:
                 manager.save(dataclasses.replace(state, step=jnp.int32(step)), batches, held_out={"loss": losses[step]})

@@ -6,6 +6,8 @@ import pathlib
 import pytest
 import run_faults as faults
 
+from prenorm_jax.training import lost
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -23,11 +25,25 @@ def room():
         "disk full, inside a save",
         "second process in the workdir",
         "second of two processes killed",
+        "SIGTERM to one of two processes",
     ],
 )
 def test_a_fault_loses_nothing_and_hangs_nobody(room, name):
     outcome = faults.attempt(name, room)
     assert outcome["holds"], outcome
+
+
+def test_a_peer_that_is_gone_is_told_from_other_errors(monkeypatch):
+    gone = ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:1454")
+    for processes, error, expected in (
+        (2, gone, lost.ProcessLost),
+        (1, gone, ValueError),
+        (2, ValueError("x"), ValueError),
+    ):
+        monkeypatch.setattr(lost.jax, "process_count", lambda processes=processes: processes)
+        with pytest.raises(expected) as told, lost.lost_processes_told():
+            raise error
+        assert (told.value is error) == (expected is ValueError)
 
 
 def test_a_run_that_differs_is_found_out(tmp_path):

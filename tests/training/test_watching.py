@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import sys
 import types
 
@@ -19,7 +20,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from prenorm_jax import models
 from prenorm_jax.models.config import ConfigError
-from prenorm_jax.training import boards, counts, loop, metrics, overlay, summary
+from prenorm_jax.training import boards, counts, disk, loop, metrics, overlay, summary
 from prenorm_jax.training.disk import DiskFull
 from prenorm_jax.training.step import main_branch_mean
 
@@ -194,6 +195,21 @@ def test_a_full_disk_is_one_line_and_another_error_is_itself(runs, tmp_path, mon
             assert "\n" not in str(told.value)
         else:
             assert told.value is error
+
+
+def test_a_checkpoint_that_would_not_fit_is_not_begun(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "x").write_bytes(b"x" * 5000)
+    assert 5000 <= disk.taken(folder) < 20000
+    disk.require_room(folder, 1000)
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=999_999))
+    with (
+        pytest.raises(DiskFull, match=r"stopped \(1.0 MB are free, a checkpoint takes about 3.0 MB\)"),
+        disk.full_disks_told(tmp_path),
+    ):
+        disk.require_room(folder, 3_000_000)
 
 
 # --- several runs
