@@ -67,7 +67,13 @@ class GPT(nnx.Module):
         x = x.astype(config.dtype)
 
         x, states, cache = blocks.run(
-            self.blocks, x.reshape(batch * length, -1), batch, cache, position, remat=config.recomputes
+            self.blocks,
+            x.reshape(batch * length, -1),
+            batch,
+            cache,
+            position,
+            remat=config.recomputes,
+            unroll=config.unroll,
         )
         logits = self._tied_logits(x, table) if config.tied else self.head(self.norm(x))
         # Behind a barrier the product stores its logits in its own dtype; without, XLA has it store them wide.

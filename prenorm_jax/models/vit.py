@@ -92,7 +92,7 @@ class ViT(nnx.Module):
         tokens, length = config.tokens, blocks.even_length(config, config.tokens)
         x = jnp.pad(x, [(0, 0), (0, length - tokens), (0, 0)]).reshape(batch * length, -1)
         seen = tokens if length > tokens else None
-        x, states, _ = blocks.run(self.blocks, x, batch, length=seen, remat=config.recomputes)
+        x, states, _ = blocks.run(self.blocks, x, batch, length=seen, remat=config.recomputes, unroll=config.unroll)
         logits = self._head(self._pooled(x.reshape(batch, length, -1)))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         return logits, {"main_branch": states.reshape(len(states), batch, length, -1)[:, :, :tokens]}

@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 FORMAT = 1
 # How the model is computed, not which function of its parameters it is: a resumed run may change these.
-COMPUTE_FIELDS = ("dtype", "attention", "remat", "layout")
+COMPUTE_FIELDS = ("dtype", "attention", "unroll", "remat", "remat_saves", "layout")
 
 
 class Loaded(NamedTuple):

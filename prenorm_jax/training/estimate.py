@@ -122,7 +122,7 @@ def _at_depth(experiment: Experiment, depth: int) -> dict[str, float]:
     from prenorm_jax.training.tasks import task_of
 
     blocks.attend = _attention_without_scores  # in this process, which does nothing else
-    model = dataclasses.replace(experiment.model, depth=depth, scan_layers=False)
+    model = dataclasses.replace(experiment.model, depth=depth, scan_layers=False, unroll=False)
     settings, task, mesh = experiment.train, task_of(experiment), sharding.make_mesh(experiment.mesh)
     tx = make_optimizer(experiment.optimizer, settings.steps)
     state, batch = abstract_state(model, tx, settings.coordinates), _batch(model, settings.batch_size)
