@@ -25,6 +25,7 @@ from prenorm_jax.measure.equivalence import Form, Report
 from prenorm_jax.measure.works import FAMILIES, KINDS, work
 from prenorm_jax.models.config import BASES, NORMS, ConfigError
 from prenorm_jax.training.compilation_cache import use_compilation_cache
+from prenorm_jax.training import estimate
 from prenorm_jax.training.experiment import COORDINATES
 
 
@@ -54,6 +55,9 @@ def tables(result: dict[str, Any]) -> list[str]:
         return [study.table(result), study.details(result)]
     if "peers" in result:
         return [study.peers_table(result)]
+    if "estimates" in result:
+        compiled = estimate.against_compiled(result["estimates"], pathlib.Path("results/speed"))
+        return [estimate.table(result["estimates"]), compiled]
     if "on_devices" in result:
         return [devices.table(each) for each in result["on_devices"]]
     if "kernels" in result:
