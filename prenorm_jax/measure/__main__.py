@@ -24,8 +24,8 @@ from prenorm_jax.measure import counts, devices, profile, study
 from prenorm_jax.measure.equivalence import Form, Report
 from prenorm_jax.measure.works import FAMILIES, KINDS, work
 from prenorm_jax.models.config import BASES, NORMS, ConfigError
-from prenorm_jax.training.compilation_cache import use_compilation_cache
 from prenorm_jax.training import estimate
+from prenorm_jax.training.compilation_cache import use_compilation_cache
 from prenorm_jax.training.experiment import COORDINATES
 
 
