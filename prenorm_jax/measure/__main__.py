@@ -14,6 +14,7 @@ python -m prenorm_jax.measure profile {vit,gpt} SIZE --batch B [--norm N] [--bas
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 from typing import Any
@@ -102,6 +103,8 @@ def time_study(given: argparse.Namespace) -> int:
 
 def profile_step(given: argparse.Namespace) -> int:
     """Traces one step and prints its device time by part and by kernel."""
+    # As one graph of launches, the step would be one event; the flag is read when the first device is asked for.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
     use_compilation_cache()  # but not in time_study, which times compilation
     kind = "inference" if given.inference else "training"
     this, form = work(given.family, given.size, given.batch, kind, given.coordinates), Form(given.norm, given.basis)
