@@ -46,7 +46,7 @@ def fits(columns: int, classes: int) -> bool:
 def log_sum_exp(logits: Array, *, classes: int, interpret: Any = False) -> Array:
     """log sum_c exp(logits)_c over the first `classes` columns: (rows, columns) half precision -> (rows,) float32."""
     rows, columns = logits.shape
-    pallas, gpu = hopper.pallas()
+    _, gpu = hopper.pallas()
     blocks = min(BLOCKS, rows)
     turns, rest, tail = _pieces(columns, classes)
 

@@ -1,7 +1,7 @@
 """The backward pass of a norm on the main branch in one kernel: every array is read once and written once.
 
-For the norms of `prenorm_jax.norms` with d the divisor, xhat the live (and, for LayerNorm, centred) part of x, r = 1 / sqrt(s / d + eps) and
-g = dn * scale, a row's gradient is
+For the norms of `prenorm_jax.norms` with d the divisor, xhat the live (and, for LayerNorm, centred) part of x, r = 1 / sqrt(s / d + eps)
+and g = dn * scale, a row's gradient is
 
     dx = dbranch + r g - (r^3 / d) (sum g xhat) (xhat + [drop] sum xhat),      [centred] with g - mean g for g
 
@@ -133,7 +133,7 @@ def _row_layout(width: int) -> Any:
     from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 
     _, gpu = hopper.pallas()
-    entries = next(count for count in (8, 4, 2) if width % (LANES * count) == 0)
+    entries = next(count for count in (4, 2) if width % (LANES * count) == 0)
     tiling = Tiling(((WARPS, LANES * entries), (entries,)))
     return gpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 

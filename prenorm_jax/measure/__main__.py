@@ -14,6 +14,7 @@ python -m prenorm_jax.measure profile {vit,gpt} SIZE --batch B [--norm N] [--bas
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 from typing import Any
@@ -24,7 +25,7 @@ from prenorm_jax.measure import devices, profile, study
 from prenorm_jax.measure.equivalence import Form, Report
 from prenorm_jax.measure.works import FAMILIES, KINDS, work
 from prenorm_jax.models.config import BASES, NORMS, ConfigError
-from prenorm_jax.training import counts
+from prenorm_jax.training import counts, estimate
 from prenorm_jax.training.compilation_cache import use_compilation_cache
 from prenorm_jax.training.experiment import COORDINATES
 
@@ -55,6 +56,9 @@ def tables(result: dict[str, Any]) -> list[str]:
         return [study.table(result), study.details(result)]
     if "peers" in result:
         return [study.peers_table(result)]
+    if "estimates" in result:
+        compiled = estimate.against_compiled(result["estimates"], pathlib.Path("results/speed"))
+        return [estimate.table(result["estimates"]), compiled]
     if "on_devices" in result:
         return [devices.table(each) for each in result["on_devices"]]
     if "kernels" in result:
@@ -99,6 +103,8 @@ def time_study(given: argparse.Namespace) -> int:
 
 def profile_step(given: argparse.Namespace) -> int:
     """Traces one step and prints its device time by part and by kernel."""
+    # As one graph of launches, the step would be one event; the flag is read when the first device is asked for.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
     use_compilation_cache()  # but not in time_study, which times compilation
     kind = "inference" if given.inference else "training"
     this, form = work(given.family, given.size, given.batch, kind, given.coordinates), Form(given.norm, given.basis)

@@ -99,6 +99,8 @@ def measure(
     """
     found = jax.device_count()
     require(found >= this.devices, "--devices", this.devices, f"at most the {found} there are")
+    for axis in this.meshes:
+        require_one_of("--meshes", axis, MESHES)
     sets = {name: chosen(name) for name in this.options}
     wanted: dict[str, tuple[Mesh, dict[str, Any]]] = {
         "one device": (Mesh(data=1), {}),

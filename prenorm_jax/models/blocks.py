@@ -50,17 +50,43 @@ class Linear(nnx.Module):
         self.stored = stored
 
     def __call__(self, x: Array) -> Array:
-        y = self.product(x)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None]
+        return self.biased(x @ self.matrix(x.dtype))
 
-    def product(self, x: Array) -> Array:
-        """Without the bias."""
+    def matrix(self, dtype: Any) -> Array:
+        """The kernel as it multiplies an x of this dtype."""
         # Behind a barrier the cast (and the weight map before it) stays out of the product, whose kernel then takes bias and residual.
-        return x @ jax.lax.optimization_barrier(placement.gathered(self.kernel[...].astype(x.dtype), self.stored))
+        return jax.lax.optimization_barrier(placement.gathered(self.kernel[...].astype(dtype), self.stored))
+
+    def biased(self, y: Array) -> Array:
+        """A product, with the bias."""
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None]
 
     def apart(self, x: Array) -> tuple[Array, Array | None]:
         """The product, and the bias that is to be added to it."""
-        return self.product(x), None if self.bias is None else self.bias[...]
+        return x @ self.matrix(x.dtype), None if self.bias is None else self.bias[...]
+
+
+@jax.custom_vjp
+def products(x: Array, matrices: tuple[Array, ...]) -> tuple[Array, ...]:
+    """x @ W for several W (inputs, outputs): (N, inputs) -> (N, outputs) each.
+
+    The gradient of x is a sum of products, each of which adds what was there before: XLA takes an addition into the product that stands
+    first in it, and the derivative as JAX writes it has that the other way round.
+    """
+    return tuple(x @ matrix for matrix in matrices)
+
+
+def _products_backward(
+    kept: tuple[Array, tuple[Array, ...]], dys: tuple[Array, ...]
+) -> tuple[Array, tuple[Array, ...]]:
+    x, matrices = kept
+    dx = dys[0] @ matrices[0].T
+    for dy, matrix in zip(dys[1:], matrices[1:], strict=True):
+        dx = dy @ matrix.T + dx
+    return dx, tuple(x.T @ dy for dy in dys)
+
+
+products.defvjp(lambda x, matrices: (products(x, matrices), (x, matrices)), _products_backward)
 
 
 class Table(nnx.Module):
@@ -162,9 +188,11 @@ class Attention(nnx.Module):
 
         Of each sequence the first `length` tokens are seen, or all of them.
         """
+        readers = (self.query, self.key, self.value)
+        read = products(n, tuple(reader.matrix(n.dtype) for reader in readers))
         q, k, v = (
-            f(n).reshape(batch, -1, self.heads, f.kernel.shape[-1] // self.heads)
-            for f in (self.query, self.key, self.value)
+            reader.biased(y).reshape(batch, -1, self.heads, y.shape[-1] // self.heads)
+            for reader, y in zip(readers, read, strict=True)
         )
         if cache is None:
             y = attend(q, k, v, causal=self.causal, length=length, implementation=self.implementation)
@@ -348,6 +376,30 @@ def blocks(config: Transformer, variant: Variant, *, causal: bool, rngs: nnx.Rng
     return nnx.List([block() for _ in range(config.depth)])
 
 
+def _narrow_matrices(state: Any, dtype: Any) -> Any:
+    """Stacked parameters with their matrices as they multiply an x of this dtype: one kernel each, where a layer's each would be one a
+    layer. Behind a barrier XLA does not pull it into them again."""
+
+    def narrow(path: Any, leaf: Array) -> Array:
+        is_matrix = any(getattr(key, "key", None) == "kernel" for key in path)
+        return jax.lax.optimization_barrier(leaf.astype(dtype)) if is_matrix else leaf
+
+    return jax.tree_util.tree_map_with_path(narrow, state)
+
+
+@jax.custom_vjp
+def unstacked(tree: Any) -> list[Any]:
+    """A tree of stacked leaves (depth, ...) as one tree a layer. Its derivative puts the layers' gradients together in one array, where
+    that of an index would add up arrays of all layers."""
+    depth = jax.tree.leaves(tree)[0].shape[0]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(depth)]
+
+
+unstacked.defvjp(
+    lambda tree: (unstacked(tree), None), lambda _, layers: (jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers),)
+)
+
+
 def run(
     blocks: Blocks,
     x: Array,
@@ -358,6 +410,7 @@ def run(
     length: int | None = None,
     remat: str | None = None,
     branch_scales: Array | None = None,
+    unroll: bool = False,
 ) -> tuple[Array, Array, Any]:
     """Runs all blocks on the main branch x (N, R).
 
@@ -366,6 +419,7 @@ def run(
       length: how many tokens of each sequence attention sees, from the first on; None: all.
       remat: None, or one of `REMAT_SAVES`: what the backward pass finds of each block; it recomputes the rest.
       branch_scales: (B, depth, 2), what the attention and the MLP of each block write is multiplied by, or None.
+      unroll: whether stacked blocks run one by one, not in one loop.
 
     Returns: the main branch after the last block (N, R), before and after every block (depth + 1, N, R), and the new cache.
     """
@@ -380,7 +434,7 @@ def run(
     step = jax.checkpoint(step, policy=REMAT_POLICIES[remat]) if remat else step
     scales = None if branch_scales is None else jnp.moveaxis(branch_scales, 1, 0)
     x = placement.examples(x)
-    if isinstance(blocks, Block):
+    if isinstance(blocks, Block) and not unroll:
         graph, state = nnx.split(blocks)
 
         def scanned(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, tuple[Array, Any]]:
@@ -390,9 +444,13 @@ def run(
         last, (before, cache) = jax.lax.scan(scanned, x, (state, cache, scales))
         return last, jnp.concatenate([before, last[None]]), cache
 
+    if isinstance(blocks, Block):
+        graph, state = nnx.split(blocks)
+        layers = [(graph, layer) for layer in unstacked(_narrow_matrices(state, x.dtype))]
+    else:
+        layers = [nnx.split(block) for block in blocks]
     states, caches, written = [], [], NOTHING
-    for index, block in enumerate(blocks):
-        graph, state = nnx.split(block)
+    for index, (graph, state) in enumerate(layers):  # noqa: B007
         of_layer = jax.tree.map(lambda leaf, i=index: leaf[i], (cache, scales))
         before, x, written, layer_cache = step(x, written, (state, *of_layer))
         states.append(before)

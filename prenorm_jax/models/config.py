@@ -43,7 +43,9 @@ class Transformer:
     dtype is the dtype of the computation, param_dtype that of the parameters; norms take their statistics in float32 or wider.
     bias: whether the blocks' linear maps and all norms have one; qkv_bias: whether query, key and value have one beside that.
     layer_scale: whether what a branch writes is multiplied by a learned vector (Touvron et al., 2021), of layer_scale_init at first.
-    scan_layers: whether the layers are stacked in one leaf each and run by one loop, which compiles in the time of one.
+    scan_layers: whether the layers are stacked, a leaf for all of them, and run in one loop, which compiles in the time of one layer.
+    unroll: whether stacked layers run one after the other, without the loop: the fastest step, since whatever maps, casts or updates
+      weights is one kernel for all layers.
     remat: whether the backward pass recomputes the blocks; remat_saves: what it needn't: nothing, products (of matrices; not attention), or
       activations (everything but weights, which are then gathered along the mesh's fsdp axis once more).
     """
@@ -65,6 +67,7 @@ class Transformer:
     param_dtype: str = "float32"
     attention: str = "auto"
     scan_layers: bool = False
+    unroll: bool = False
     remat: bool = False
     remat_saves: str = "nothing"
 
@@ -85,7 +88,7 @@ class Transformer:
         require_one_of("model.param_dtype", self.param_dtype, DTYPES)
         require_one_of("model.attention", self.attention, ATTENTIONS)
         require_one_of("model.remat_saves", self.remat_saves, REMAT_SAVES)
-        self._require_bools("scan_layers", "remat", "bias", "qkv_bias", "layer_scale")
+        self._require_bools("scan_layers", "unroll", "remat", "bias", "qkv_bias", "layer_scale")
 
     def _require_bools(self, *fields: str) -> None:
         for field in fields:

@@ -77,6 +77,7 @@ class GPT(nnx.Module):
             position,
             remat=config.recomputes,
             branch_scales=branch_scales,
+            unroll=config.unroll,
         )
         logits = self._tied_logits(x, table) if config.tied else self.head(self.norm(x))
         # Behind a barrier the product stores its logits in its own dtype; without, XLA has it store them wide.

@@ -95,8 +95,15 @@ class ViT(nnx.Module):
         tokens, length = config.tokens, blocks.even_length(config, config.tokens)
         x = jnp.pad(x, [(0, 0), (0, length - tokens), (0, 0)]).reshape(batch * length, -1)
         seen = tokens if length > tokens else None
-        remat = config.recomputes
-        x, states, _ = blocks.run(self.blocks, x, batch, length=seen, remat=remat, branch_scales=branch_scales)
+        x, states, _ = blocks.run(
+            self.blocks,
+            x,
+            batch,
+            length=seen,
+            remat=config.recomputes,
+            unroll=config.unroll,
+            branch_scales=branch_scales,
+        )
         x = x.reshape(batch, length, -1)
         logits = self._head(self._pooled(x))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

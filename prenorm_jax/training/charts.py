@@ -23,7 +23,7 @@ from prenorm_jax.models.config import ConfigError, Transformer
 from prenorm_jax.training.experiment import Experiment, differences
 
 # How the model is computed, not which function of its parameters it is: a resumed run may change these.
-COMPUTE_FIELDS = ("dtype", "attention", "remat", "layout")
+COMPUTE_FIELDS = ("dtype", "attention", "unroll", "remat", "remat_saves", "layout")
 # Which coordinates its parameters are in: a resumed run may change these too, by the rules above.
 CHART_FIELDS = ("norm", "basis")
 

@@ -122,7 +122,7 @@ def _at_depth(experiment: Experiment, depth: int) -> dict[str, float]:
     from prenorm_jax.training.tasks import task_of
 
     blocks.attend = _attention_without_scores  # in this process, which does nothing else
-    model = dataclasses.replace(experiment.model, depth=depth, scan_layers=False)
+    model = dataclasses.replace(experiment.model, depth=depth, scan_layers=False, unroll=False)
     settings, task, mesh = experiment.train, task_of(experiment), sharding.make_mesh(experiment.mesh)
     tx = make_optimizer(experiment.optimizer, settings.steps)
     state, batch = abstract_state(model, tx, settings.coordinates), _batch(model, settings.batch_size)
@@ -245,6 +245,21 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def against_compiled(found: list[dict[str, Any]], folder: pathlib.Path) -> str:
+    """Markdown: rows of one device beside what XLA's program for an accelerator needs, where a study in `folder` has measured it."""
+    lines = ["| model | batch | estimated | compiled | ratio |", "|---" * 5 + "|"]
+    entries = [entry for path in sorted(folder.glob("*.json")) for entry in json.loads(path.read_text())["entries"]]
+    for row in found:
+        for entry in entries:
+            name = row["model"].partition(",")[0]
+            same = entry["name"].replace("-", " ").lower() == name.lower() and entry["batch"] == row["batch"]
+            if same and row["mesh"] == [1, 1, 1] and (entry["kind"], entry["coordinates"]) == ("training", "native"):
+                peak = entry["rows"]["pre_ln"]["peak_bytes"]
+                sizes = [f"{size / 2**30:.2f} GiB" for size in (row["memory"], peak)]
+                lines.append(f"| {name} | {row['batch']} | {' | '.join(sizes)} | {row['memory'] / peak:.2f} |")
+    return "\n".join(lines)
+
+
 def experiment_of(family: str, size: str, devices: int, per_device: int, **fields: Any) -> Experiment:
     """A paper size, computing in bfloat16, with a batch of `per_device` for each device; further fields go to the model's config."""
     make = models.gpt_config if family == "gpt" else models.vit_config
@@ -286,10 +301,10 @@ def main(arguments: list[str]) -> int:
         print(f"prenorm_jax.training.estimate: {error}", file=sys.stderr)
         return 2
     if given.json:
-        before = json.loads(given.json.read_text())["rows"] if given.json.exists() else []
+        before = json.loads(given.json.read_text())["estimates"] if given.json.exists() else []
         keys = {(row["model"], tuple(row["mesh"]), row["batch"]) for row in found}
         kept = [row for row in before if (row["model"], tuple(row["mesh"]), row["batch"]) not in keys]
-        given.json.write_text(json.dumps({"rows": kept + found}, indent=1) + "\n")
+        given.json.write_text(json.dumps({"estimates": kept + found}, indent=1) + "\n")
     return 0
 
 

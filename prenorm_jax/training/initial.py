@@ -16,7 +16,19 @@ from prenorm_jax.training.experiment import Experiment, differences
 from prenorm_jax.training.step import Params
 
 # What an experiment may choose for a model that is imported: how it is computed and stored, and in which variant.
-FREE = ("norm", "basis", "layout", "dtype", "param_dtype", "attention", "scan_layers", "remat", "vocab_multiple")
+FREE = (
+    "norm",
+    "basis",
+    "layout",
+    "dtype",
+    "param_dtype",
+    "attention",
+    "scan_layers",
+    "unroll",
+    "remat",
+    "remat_saves",
+    "vocab_multiple",
+)
 
 
 def initial_params(experiment: Experiment) -> Params:

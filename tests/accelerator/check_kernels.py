@@ -1,4 +1,4 @@
-"""On a GPU of compute capability 9.0: the kernels of norms and of the cross entropy against the XLA forms, in float32 and as they are timed.
+"""On a GPU of compute capability 9.0: the kernels of norms and of the cross entropy against the XLA forms in float32.
 
 PYTHONPATH=. python tests/accelerator/check_kernels.py
 """

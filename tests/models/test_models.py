@@ -220,8 +220,8 @@ def test_stacked_and_looped_layers_and_remat_are_one_function(name, random_param
     looped = dataclasses.replace(CONFIGS[name], scan_layers=False, remat=False)
     params = random_params(looped)
     logits, branch, gradient = outcome(looped, params)
-    for scan, remat in ((True, False), (False, True)):
-        config = dataclasses.replace(looped, scan_layers=scan, remat=remat)
+    for scan, unroll, remat in ((True, False, False), (True, True, False), (False, False, True)):
+        config = dataclasses.replace(looped, scan_layers=scan, unroll=unroll, remat=remat)
         stored = models.stack_layers(params) if scan else params
         ours, our_branch, our_gradient = outcome(config, stored)
         assert_near(ours, logits, 1e-13)

@@ -51,11 +51,13 @@ def test_every_variant_is_the_same_function_with_the_same_draws(random_params, c
 
 
 @pytest.mark.parametrize("config", [VIT, GPT], ids=["vit", "gpt"])
-def test_scanned_and_recomputed_layers_take_the_same_draws(random_params, config):
+def test_scanned_unrolled_and_recomputed_layers_take_the_same_draws(random_params, config):
     params, inputs, scales = random_params(config), inputs_of(config), scales_of(config)
+    expected = logits(config, params, scales, inputs)
     scanned = dataclasses.replace(config, scan_layers=True, remat=True)
-    found = logits(scanned, models.stack_layers(params), scales, inputs)
-    np.testing.assert_allclose(found, logits(config, params, scales, inputs), rtol=0, atol=1e-10)
+    for stacked in (scanned, dataclasses.replace(scanned, unroll=True)):
+        found = logits(stacked, models.stack_layers(params), scales, inputs)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
 
 
 def test_a_sample_that_skips_every_branch_is_its_embedding(random_params):

@@ -27,7 +27,7 @@ PACKED = {"norm": "pre_crmsnorm"}
 RUNS = {
     # Pre-LN coordinates mapped to the packed form; the compact form, whose width of 15 no mesh divides.
     "vit": (dataclasses.replace(VIT, **PACKED), "pre_ln"),
-    "vit native": (dataclasses.replace(VIT, **PACKED, scan_layers=True), "native"),
+    "vit native": (dataclasses.replace(VIT, **PACKED, scan_layers=True, unroll=True), "native"),
     "gpt": (dataclasses.replace(GPT, **PACKED, scan_layers=True, remat=True, remat_saves="activations"), "pre_ln"),
     "gpt native": (dataclasses.replace(GPT, **PACKED, tied=False), "native"),
 }

@@ -1,0 +1,101 @@
+"""The kernels of norms and of the cross entropy, in Pallas's interpreter; on a GPU, accelerator/check_kernels.py runs the real ones."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prenorm_jax import norms
+from prenorm_jax.hopper import cross_entropy, norm_gradient
+
+pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11")
+
+KINDS = {
+    "layer": norms.layer,
+    "rms": norms.rms,
+    "packed reflect": norms.packed,
+    "packed drop": functools.partial(norms.packed, basis="drop"),
+}
+
+
+@pytest.fixture
+def interpreter():
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu.InterpretGPUParams()
+
+
+def by_kernel(kind, x, dn, dbranch, scale, sums, interpret):
+    fields = {"divisor": kind.divisor, "eps": kind.eps, "centred": kind.centred}
+    fields |= {"squared_sum": kind.squared_sum, "spare_lane": kind.spare_lane}
+    return norm_gradient.norm_gradient(x, dn, dbranch, scale, column_sums=sums, interpret=interpret, **fields)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("rows", "width"), [(12, 64), (8, 384)])
+def test_a_norm_s_gradient_is_that_of_the_plain_form(name, rows, width, interpreter):
+    rng = np.random.default_rng(0)
+    x, dn, dbranch = (jnp.asarray(rng.normal(size=(rows, width)) + 1, jnp.bfloat16) for _ in range(3))
+    kind, affine = KINDS[name](width, 1e-6), name == "layer"
+    scale = jnp.asarray(rng.uniform(0.5, 2, width), jnp.float32) if affine else None
+    sums = ("dx", "dscale", "dbias") if affine else ("dx",)
+    wide = [array.astype(jnp.float32) for array in (x, dn, dbranch)]
+    for branch in (dbranch, None):
+        wanted = norms._gradients_by_xla(kind, *wide[:2], None if branch is None else wide[2], scale, sums)
+        found = by_kernel(kind, x, dn, branch, scale, sums, interpreter)
+        assert [part.dtype for part in found] == [jnp.bfloat16, *[jnp.float32] * len(sums)]
+        for part, expected in zip(found, wanted, strict=True):
+            # dx is rounded to bfloat16; sums over rows are not.
+            allowed = 2**-8 if part.dtype == jnp.bfloat16 else 1e-5
+            assert np.abs(part.astype(jnp.float32) - expected).max() <= allowed * np.abs(expected).max()
+    # The check can fail: with the main branch's gradient left out it does.
+    assert np.abs(wanted[0] - wide[2]).max() > 2**-8 * np.abs(wanted[0]).max()
+
+
+@pytest.mark.parametrize(("columns", "classes"), [(1152, 1100), (2048, 2048), (9344, 9280)])
+def test_the_cross_entropy_s_passes_are_those_of_a_softmax(columns, classes, interpreter):
+    rng = np.random.default_rng(0)
+    rows = 3
+    logits = jnp.asarray(9 * rng.normal(size=(rows, columns)), jnp.bfloat16)
+    targets = jnp.asarray([0, classes - 1, 1024 % classes], jnp.int32)
+    dloss = jnp.asarray(rng.uniform(0.5, 1, rows), jnp.float32)
+    live = jnp.where(jnp.arange(columns) < classes, logits.astype(jnp.float32), -jnp.inf)
+    wanted = jax.nn.logsumexp(live, axis=-1)
+    found = cross_entropy.log_sum_exp(logits, classes=classes, interpret=interpreter)
+    assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    slope = (jnp.exp(live - wanted[:, None]) - jax.nn.one_hot(targets, columns)) * dloss[:, None]
+    found = cross_entropy.gradient(logits, wanted, targets, dloss, classes=classes, interpret=interpreter)
+    assert found.dtype == jnp.bfloat16
+    assert np.abs(found.astype(jnp.float32) - slope).max() <= 2**-8
+    # The check can fail: with the next target it does.
+    other = cross_entropy.gradient(logits, wanted, targets + 1, dloss, classes=classes, interpret=interpreter)
+    assert np.abs(other.astype(jnp.float32) - slope).max() > 0.1
+
+
+@pytest.mark.parametrize("width", [192, 768, 1280])
+def test_the_norm_s_gradient_lowers_for_a_gpu(width):
+    x, scale = jax.ShapeDtypeStruct((4096, width), jnp.bfloat16), jax.ShapeDtypeStruct((width,), jnp.float32)
+    kind = norms.layer(width, 1e-6)
+    gradient = jax.jit(lambda x, scale: by_kernel(kind, x, x, x, scale, ("dx", "dscale", "dbias"), False))
+    assert "mosaic_gpu" in gradient.trace(x, scale).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_the_cross_entropy_lowers_for_a_gpu():
+    logits, row = jax.ShapeDtypeStruct((16384, 50304), jnp.bfloat16), jax.ShapeDtypeStruct((16384,), jnp.float32)
+    targets = jax.ShapeDtypeStruct((16384,), jnp.int32)
+
+    def both(logits, row, targets):
+        sums = cross_entropy.log_sum_exp(logits, classes=50257)
+        return cross_entropy.gradient(logits, sums, targets, row, classes=50257)
+
+    lowered = jax.jit(both).trace(logits, row, targets).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("mosaic_gpu") >= 2
+
+
+def test_shapes_that_the_kernels_are_not_made_for():
+    assert norm_gradient.fits(51200, 768)
+    assert not any(norm_gradient.fits(*shape) for shape in ((51202, 768), (51200, 767), (51200, 32), (51200, 1344)))
+    assert cross_entropy.fits(50304, 50257)
+    assert not any(cross_entropy.fits(*row) for row in ((50257, 50257), (256, 256), (50304, 49000)))

@@ -1,0 +1,39 @@
+"""Products that read one array, and layers that are cut out of a stack: functions with derivatives of their own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prenorm_jax.models.blocks import products, unstacked
+
+
+def test_products_of_one_array_and_their_gradient():
+    rng = np.random.default_rng(0)
+    x, matrices = rng.normal(size=(5, 4)), tuple(rng.normal(size=(4, n)) for n in (3, 2, 6))
+    found, pull_back = jax.vjp(products, x, matrices)
+    wanted, plain_pull_back = jax.vjp(lambda x, matrices: tuple(x @ m for m in matrices), x, matrices)
+    dys = tuple(rng.normal(size=y.shape) for y in wanted)
+    for ours, theirs in zip(
+        jax.tree.leaves((found, pull_back(dys))), jax.tree.leaves((wanted, plain_pull_back(dys))), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-13)
+
+
+def test_each_product_s_gradient_adds_what_was_there_before():
+    x, matrices = jnp.ones((5, 4)), tuple(jnp.ones((4, n)) for n in (3, 2, 6))
+    program = jax.make_jaxpr(lambda dys: jax.vjp(products, x, matrices)[1](dys)[0])(products(x, matrices))
+    additions = [eqn for eqn in program.jaxpr.eqns if eqn.primitive.name == "add"]
+    made_by = {id(v): eqn.primitive.name for eqn in program.jaxpr.eqns for v in eqn.outvars}
+    assert [made_by[id(eqn.invars[0])] for eqn in additions] == ["dot_general", "dot_general"]
+
+
+def test_layers_of_a_stack_and_their_gradient():
+    stack = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.arange(3.0)}
+    layers, pull_back = jax.vjp(unstacked, stack)
+    assert [layer["b"].tolist() for layer in layers] == [0.0, 1.0, 2.0]
+    (found,) = pull_back([jax.tree.map(lambda leaf, i=i: leaf * i, layer) for i, layer in enumerate(layers)])
+    np.testing.assert_array_equal(found["a"], stack["a"] * jnp.arange(3.0)[:, None])
+    # The gradients are put together; those of an index would be arrays of all layers, added up.
+    used = {eqn.primitive.name for eqn in jax.make_jaxpr(pull_back)(layers).jaxpr.eqns}
+    assert used & {"concatenate", "stack"}
+    assert not used & {"add", "add_any", "pad", "scatter", "scatter-add", "dynamic_update_slice"}
