@@ -478,7 +478,7 @@ def one_of_two_killed(victim: int) -> Callable[[Room], str]:
         lines = [line for line in errors.splitlines() if line.startswith("train.py: ")]
         require_both_continue(job, before)
         room.require_same(job.workdir, whole.workdir)
-        told = "one line" if lines else "ended by JAX's heartbeat"
+        told = "one line" if lines else "ended by JAX's coordination service"
         return (
             f"the other one stopped after {took:.1f} s with exit status {status} ({told}); started again, both went on"
         )
