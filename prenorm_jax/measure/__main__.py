@@ -137,6 +137,7 @@ def time_devices(given: argparse.Namespace) -> int:
         this,
         windows=given.windows,
         window_seconds=given.window_seconds,
+        threads=given.threads,
         say=lambda text: print(text, flush=True),
     )
     print(devices.table(result))
@@ -185,6 +186,7 @@ def read_flags(arguments: list[str]) -> argparse.Namespace:
     flags.add_argument("--coordinates", choices=COORDINATES, default="native")
     flags.add_argument("--windows", type=int, default=7)
     flags.add_argument("--window-seconds", type=float, default=1.0)
+    flags.add_argument("--threads", type=int, default=4, help="cases compiled at a time; default %(default)s")
     flags.add_argument("--json", type=pathlib.Path, metavar="FILE", help="a result takes its place among others")
 
     flags = commands.add_parser("profile")

@@ -10,6 +10,7 @@ itself is the noise.
 `--options` names sets of XLA's options (OPTIONS), joined by "+"; each set makes cases of its own.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
@@ -91,9 +92,9 @@ def case(work: Work, form: Form, mesh: Mesh, options: Mapping[str, Any]) -> step
 
 
 def measure(
-    this: Comparison, *, windows: int = 7, window_seconds: float = 1.0, say: Callable[[str], None]
+    this: Comparison, *, windows: int = 7, window_seconds: float = 1.0, threads: int = 4, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Times every case, in turn. Returns what `table` prints.
+    """Times every case, in turn, once all are compiled, `threads` at a time. Returns what `table` prints.
 
     Raises: ConfigError where there are fewer devices.
     """
@@ -110,13 +111,15 @@ def measure(
         for axis in this.meshes:
             wanted[f"{axis}, {name}"] = (Mesh(**{"data": 1, axis: this.devices}), options)
     cases = {}
-    for name, (mesh, options) in wanted.items():
-        try:
-            cases[name] = case(this.work, this.form, mesh, options)
-        except jax.errors.JaxRuntimeError as error:  # options come and go with XLA's versions
-            say(f"{name}: left out: {str(error).splitlines()[0]}")
-            continue
-        say(f"{name}: compiled in {cases[name].compile_seconds:.0f} s")
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        futures = {name: pool.submit(case, this.work, this.form, *how) for name, how in wanted.items()}
+        for name, future in futures.items():
+            try:
+                cases[name] = future.result()
+            except jax.errors.JaxRuntimeError as error:  # options come and go with XLA's versions
+                say(f"{name}: left out: {str(error).splitlines()[0]}")
+                continue
+            say(f"{name}: compiled in {cases[name].compile_seconds:.0f} s")
     for each in cases.values():
         each.run(2)
     pace = max(cases["one device"].run(2), 1e-6)

@@ -271,6 +271,17 @@ def experiment_of(family: str, size: str, devices: int, per_device: int, **field
     )
 
 
+def save(new: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Writes rows, beside those of other models, meshes and batches that the file holds."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["model"], tuple(row["mesh"]), row["batch"]
+
+    held = json.loads(path.read_text())["estimates"] if path.exists() else []
+    kept = [row for row in held if key(row) not in set(map(key, new))]
+    path.write_text(json.dumps({"estimates": kept + new}, indent=1) + "\n")
+
+
 def main(arguments: list[str]) -> int:
     """Measures one experiment from standard input, or prints the table of named sizes. Exit status 2 for what can't be."""
     flags = argparse.ArgumentParser(prog="prenorm_jax.training.estimate", description=__doc__.partition("\n")[0])
@@ -290,21 +301,17 @@ def main(arguments: list[str]) -> int:
         fields: dict[str, Any] = {"norm": given.norm}
         if given.remat:
             fields |= {"remat": True, "remat_saves": given.remat}
-        found: list[dict[str, Any]] = []
         for size in given.sizes:
             for devices in given.devices:
                 experiment = experiment_of(given.family, size, devices, given.per_device, **fields)
                 for mesh in candidates(experiment, devices):
-                    found += rows(dataclasses.replace(experiment, mesh=mesh))
-                    print(table(found).splitlines()[-1], flush=True)
+                    new = rows(dataclasses.replace(experiment, mesh=mesh))
+                    print(table(new).splitlines()[-1], flush=True)
+                    if given.json:
+                        save(new, given.json)
     except ConfigError as error:
         print(f"prenorm_jax.training.estimate: {error}", file=sys.stderr)
         return 2
-    if given.json:
-        before = json.loads(given.json.read_text())["estimates"] if given.json.exists() else []
-        keys = {(row["model"], tuple(row["mesh"]), row["batch"]) for row in found}
-        kept = [row for row in before if (row["model"], tuple(row["mesh"]), row["batch"]) not in keys]
-        given.json.write_text(json.dumps({"estimates": kept + found}, indent=1) + "\n")
     return 0
 
 

@@ -11,6 +11,7 @@ from prenorm_jax.models import config
 TINY = {"width": 16, "depth": 1, "heads": 2, "mlp_width": 32}
 
 
+@pytest.mark.slow
 def test_two_devices_against_one(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(config.VIT_SIZES, "tiny", TINY)
     path = tmp_path / "devices.json"
