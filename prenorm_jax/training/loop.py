@@ -63,7 +63,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
     splits = data.load(experiment)
     run = _Run(experiment, splits)
 
-    with lost_processes_told(), full_disks_told(workdir), contextlib.ExitStack() as stack:
+    with full_disks_told(workdir), contextlib.ExitStack() as stack:
         workdir.mkdir(parents=True, exist_ok=True)
         if first:
             stack.enter_context(locked(workdir))
@@ -83,7 +83,8 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
         log = Log(experiment, run.learning_rates, guard, written, progress, run.mesh.devices.flat)
         profile = stack.enter_context(contextlib.closing(Profile(workdir, settings.profile)))
         interrupts = stack.enter_context(Interrupts())
-        state = run.steps(restored.state, batches, saved, log, guard, profile, interrupts)
+        with lost_processes_told():  # before anything is closed that would wait for it
+            state = run.steps(restored.state, batches, saved, log, guard, profile, interrupts)
         if first:
             summary.write(workdir, experiment)
     return judged_params(state)

@@ -18,6 +18,7 @@ from prenorm_jax.training import charts, disk, items, keeping
 from prenorm_jax.training.checkpoints import arrays_of, folder, none_readable, stamp
 from prenorm_jax.training.experiment import Experiment, read_experiment
 from prenorm_jax.training.fingerprints import fingerprints, of_text
+from prenorm_jax.training.lost import ProcessLost
 from prenorm_jax.training.step import State
 
 Result = TypeVar("Result")
@@ -49,8 +50,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # A save of several processes ends at a barrier, and one that is gone does not come to it.
+        if not isinstance(error, ProcessLost):
+            self._manager.close()
 
     def save(
         self,
