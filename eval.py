@@ -28,6 +28,9 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
     flags.add_argument("--workdir", type=pathlib.Path, help="of a run of train.py; with --config: where to write")
     flags.add_argument("--config", metavar="FILE[:ARG]", help="an experiment that begins with an imported checkpoint")
     flags.add_argument("--forms", default="", help="comma-separated; default: all")
+    flags.add_argument(
+        "--best", action="store_true", help="the best checkpoint on disk, not the newest (train.keep_best)"
+    )
     flags.add_argument("--prompt", help="print a continuation of this text instead")
     flags.add_argument("--new_tokens", type=int, default=100)
     flags.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
@@ -55,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
             experiment, name = read_config(flags.config, flags.fields)
             failures = evaluation.evaluate_import(experiment, flags.workdir or pathlib.Path("runs", name), forms)
         else:
-            failures = evaluation.evaluate_checkpoint(flags.workdir, forms)
+            failures = evaluation.evaluate_checkpoint(flags.workdir, forms, flags.best)
     except (ConfigError, DataError, FileNotFoundError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2

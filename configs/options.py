@@ -31,3 +31,14 @@ def read_word(arg: str, *allowed: str) -> str:
     if arg and arg not in allowed:
         raise ConfigError(f"config arg: got {arg!r}; allowed: {', '.join(allowed)}")
     return arg or allowed[0]
+
+
+def read_count(key: str, text: str) -> int:
+    """A whole number above 0, of `key=text`.
+
+    >>> read_count("epochs", "30")
+    30
+    """
+    if not text.isdecimal() or int(text) == 0:
+        raise ConfigError(f"config arg: got {key}={text}; allowed: a whole number above 0")
+    return int(text)

@@ -31,6 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from prenorm_jax import placement
 from prenorm_jax.hopper import norm_gradient
 
 Array = jax.Array
@@ -240,12 +241,27 @@ def _gradients(
     like = {"dx": written, "dscale": scale, "dbias": bias}
     wanted = tuple(name for name, leaf in like.items() if leaf is not None)
     if norm_gradient.served(x):
-        arguments = (x, dn, dbranch, scale)
-        dx, *found = norm_gradient.norm_gradient(*arguments, column_sums=wanted, **dataclasses.asdict(kind))
+        dx, *found = _gradients_by_kernel(kind, x, dn, dbranch, scale, wanted)
     else:
         dx, *found = _gradients_by_xla(kind, x, dn, dbranch, scale, wanted)
     sums = {name: sum.astype(like[name].dtype) for name, sum in zip(wanted, found, strict=True)}  # type: ignore[union-attr]
     return dx, sums.get("dscale"), sums.get("dbias"), sums.get("dx")
+
+
+def _gradients_by_kernel(
+    kind: Kind, x: Array, dn: Array, dbranch: Array | None, scale: Array | None, column_sums: tuple[str, ...]
+) -> tuple[Array, ...]:
+    """`norm_gradient`, on each device of the mesh in force with the rows that it has."""
+    rows, whole = placement.EXAMPLES, placement.WHOLE
+    given = {"x": (x, rows), "dn": (dn, rows), "dbranch": (dbranch, rows), "scale": (scale, whole)}
+    there = {name: pair for name, pair in given.items() if pair[0] is not None}
+
+    def gradients(*own: Array) -> tuple[Array, ...]:
+        arguments = {**dict.fromkeys(given), **dict(zip(there, own, strict=True))}
+        return norm_gradient.norm_gradient(**arguments, column_sums=column_sums, **dataclasses.asdict(kind))
+
+    arrays, splits = zip(*there.values(), strict=True)
+    return placement.on_each_device(gradients, arrays, splits, (rows, *[placement.SUMMED] * len(column_sums)))
 
 
 def _gradients_by_xla(

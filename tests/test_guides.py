@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from prenorm_jax.measure import __main__ as command
-from prenorm_jax.measure import weight_map
+from prenorm_jax.measure import loader, weight_map
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -37,6 +37,11 @@ def test_the_files_that_it_names_are_there(path):
 def test_the_weight_maps_table_is_in_its_page():
     result = json.loads((DOCS.parent / "results/weight_map/vit_b16.json").read_text())
     assert weight_map.table(result) in (DOCS / "cost.md").read_text()
+
+
+def test_the_loader_s_table_is_in_its_page():
+    result = json.loads((DOCS.parent / "results/data/loader.json").read_text())
+    assert loader.table(result) in (DOCS / "data.md").read_text()
 
 
 def test_the_tables_of_what_was_measured_are_in_the_guide():

@@ -13,6 +13,7 @@ ORDER = [
     "paths",
     "bases",
     "precision",
+    "placement",
     "hopper",
     "norms",
     "main_branch",
@@ -31,7 +32,10 @@ LIBRARIES = {
     "models": {"jax", "numpy", "flax"},
     "interop": {"jax", "numpy", "flax", "ml_dtypes", "rich"},
 }
-FOR_TORCH_USERS = {"torch_norms": {"torch", "transformers"}}  # a file to copy into a project without JAX
+OWN = {
+    "torch_norms": {"torch", "transformers"},  # a file to copy into a project without JAX
+    "data": {"absl"},  # grain's flags, which are absl's
+}
 ENTRY_POINTS_ALONE = {"absl", "ml_collections"}
 
 
@@ -69,7 +73,7 @@ def sources():
 def test_a_room_imports_what_lies_below_it(room, path):
     assert room in [*ORDER, *ANYWHERE], f"{path.name}: a new room; say in ORDER where it stands"
     if room in ORDER:
-        own = FOR_TORCH_USERS.get(path.stem, set())
+        own = OWN.get(path.stem, set())
         assert not [name for name in faults(room, path.read_text()) if name.partition(".")[0] not in own]
 
 

@@ -9,12 +9,18 @@ from typing import Any
 
 import jax
 
+from prenorm_jax import placement
+
+
+def available() -> bool:
+    """Whether the devices are GPUs of compute capability 9.0: those of the mesh in force (`prenorm_jax.placement`), or this process's one.
+    Over several without a mesh, nothing would tell a kernel how its arguments are split."""
+    return _is_made_for_this() and (jax.device_count() == 1 or bool(placement.sizes()))
+
 
 @functools.cache
-def available() -> bool:
-    """Whether this process has one device, and that a GPU of compute capability 9.0: over several a kernel would have to be told how its
-    arguments are sharded."""
-    if jax.default_backend() != "gpu" or jax.device_count() > 1 or jax.__version_info__ < (0, 11):
+def _is_made_for_this() -> bool:
+    if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
         return False
     return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 

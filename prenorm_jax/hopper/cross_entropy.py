@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from prenorm_jax import hopper
+from prenorm_jax import hopper, placement
 
 Array = jax.Array
 
@@ -25,9 +25,16 @@ LOG2_E = math.log2(math.e)
 
 
 def served(shape: Sequence[int], dtype: Any, classes: int) -> bool:
-    """Whether the kernels can take logits (..., columns) of which the first `classes` count, on this process's one device."""
+    """Whether the kernels can take logits (..., columns) of which the first `classes` count, with the rows that each device has."""
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    return half and math.prod(shape) >= 2**24 and fits(shape[-1], classes) and hopper.available()
+    if placement.sizes().get(placement.TENSOR, 1) > 1:
+        return False  # the columns are split
+    return (
+        half
+        and placement.own(shape[0]) * math.prod(shape[1:]) >= 2**24
+        and fits(shape[-1], classes)
+        and hopper.available()
+    )
 
 
 def fits(columns: int, classes: int) -> bool:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from prenorm_jax import hopper
+from prenorm_jax import hopper, placement
 
 Array = jax.Array
 
@@ -30,9 +30,10 @@ ENTRIES = 2**20  # of x; fewer are not worth a kernel of their own
 
 
 def served(x: Array) -> bool:
-    """Whether the kernel can take the gradient of a norm of x (rows, width), on this process's one device."""
+    """Whether the kernel can take the gradient of a norm of x (rows, width), with the rows that each device has."""
     half = x.dtype in (jnp.bfloat16, jnp.float16)
-    return x.ndim == 2 and half and x.size >= ENTRIES and fits(*x.shape) and hopper.available()
+    rows = placement.own(x.shape[0])
+    return x.ndim == 2 and half and rows * x.shape[1] >= ENTRIES and fits(rows, x.shape[1]) and hopper.available()
 
 
 def fits(rows: int, width: int) -> bool:

@@ -5,6 +5,8 @@ python -m prenorm_jax.measure print FILE [...] [--plot PREFIX] [--into GUIDE]
     stands between <!-- FILE --> and <!-- end --> there
 python -m prenorm_jax.measure time CONFIG[:ARG] --out FILE [--only WORD,...] [--forms FORM,...] [--minutes M] [--threads N]
     times the works of a study, as configs/paper_*.py have them; the same command goes on where it stopped (exit status 3: works are left)
+python -m prenorm_jax.measure devices {vit,gpt} SIZE --per-device B [--devices N] [--meshes data,fsdp] [--options SET,...] [--json FILE]
+    a step on N devices against one device at the same batch for each (prenorm_jax.measure.devices lists the sets of XLA's options)
 python -m prenorm_jax.measure profile {vit,gpt} SIZE --batch B [--norm N] [--basis B] [--coordinates C] [--inference] [--json FILE]
     a step's device time by kernel and by part of the model, beside each part's floor
 """
@@ -12,16 +14,18 @@ python -m prenorm_jax.measure profile {vit,gpt} SIZE --batch B [--norm N] [--bas
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 from typing import Any
 
 import jax
 
-from prenorm_jax.measure import counts, profile, study
+from prenorm_jax.measure import devices, profile, study
 from prenorm_jax.measure.equivalence import Form, Report
 from prenorm_jax.measure.works import FAMILIES, KINDS, work
 from prenorm_jax.models.config import BASES, NORMS, ConfigError
+from prenorm_jax.training import counts, estimate
 from prenorm_jax.training.compilation_cache import use_compilation_cache
 from prenorm_jax.training.experiment import COORDINATES
 
@@ -52,6 +56,11 @@ def tables(result: dict[str, Any]) -> list[str]:
         return [study.table(result), study.details(result)]
     if "peers" in result:
         return [study.peers_table(result)]
+    if "estimates" in result:
+        compiled = estimate.against_compiled(result["estimates"], pathlib.Path("results/speed"))
+        return [estimate.table(result["estimates"]), compiled]
+    if "on_devices" in result:
+        return [devices.table(each) for each in result["on_devices"]]
     if "kernels" in result:
         kernels = [profile.Kernel(**row) for row in result["kernels"]]
         head = f"{result['work']}, {result['form']}, {result['device']}, jax {result['jax']}"
@@ -94,6 +103,8 @@ def time_study(given: argparse.Namespace) -> int:
 
 def profile_step(given: argparse.Namespace) -> int:
     """Traces one step and prints its device time by part and by kernel."""
+    # As one graph of launches, the step would be one event; the flag is read when the first device is asked for.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
     use_compilation_cache()  # but not in time_study, which times compilation
     kind = "inference" if given.inference else "training"
     this, form = work(given.family, given.size, given.batch, kind, given.coordinates), Form(given.norm, given.basis)
@@ -113,12 +124,33 @@ def profile_step(given: argparse.Namespace) -> int:
     return 0
 
 
+def time_devices(given: argparse.Namespace) -> int:
+    """Times a step on several devices against one."""
+    this = devices.Comparison(
+        work(given.family, given.size, given.per_device, "training", given.coordinates),
+        Form(given.norm, given.basis),
+        tuple(given.meshes.split(",")),
+        given.devices,
+        tuple(given.options.split(",")),
+    )
+    result = devices.measure(
+        this,
+        windows=given.windows,
+        window_seconds=given.window_seconds,
+        say=lambda text: print(text, flush=True),
+    )
+    print(devices.table(result))
+    if given.json:
+        devices.save([result], given.json)
+    return 0
+
+
 def read_flags(arguments: list[str]) -> argparse.Namespace:
     """The command and its flags."""
     parser = argparse.ArgumentParser(
         prog="prenorm_jax.measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="{print,time,profile}")
+    commands = parser.add_subparsers(required=True, metavar="{print,time,devices,profile}")
     flags = commands.add_parser("print")
     flags.set_defaults(command=print_tables)
     flags.add_argument("files", nargs="+", metavar="FILE")
@@ -139,6 +171,21 @@ def read_flags(arguments: list[str]) -> argparse.Namespace:
     flags.add_argument(
         "--threads", type=int, default=1, help="forms compiled at a time; default 1, which times compilation"
     )
+
+    flags = commands.add_parser("devices")
+    flags.set_defaults(command=time_devices)
+    flags.add_argument("family", choices=FAMILIES)
+    flags.add_argument("size", help="B/16, small, ...")
+    flags.add_argument("--per-device", type=int, required=True, help="examples of a step for each device")
+    flags.add_argument("--devices", type=int, default=2)
+    flags.add_argument("--meshes", default="data,fsdp", metavar="AXIS,...", help="default %(default)s")
+    flags.add_argument("--options", default="default", metavar="SET,...", help="joined by +; default %(default)s")
+    flags.add_argument("--norm", choices=NORMS, default="pre_ln")
+    flags.add_argument("--basis", choices=BASES, default="reflect")
+    flags.add_argument("--coordinates", choices=COORDINATES, default="native")
+    flags.add_argument("--windows", type=int, default=7)
+    flags.add_argument("--window-seconds", type=float, default=1.0)
+    flags.add_argument("--json", type=pathlib.Path, metavar="FILE", help="a result takes its place among others")
 
     flags = commands.add_parser("profile")
     flags.set_defaults(command=profile_step)

@@ -83,15 +83,15 @@ def answers(experiment: Experiment, params: Tree, forms: tuple[Form, ...] = FORM
 
 def predictions(experiment: Experiment, held_out: data.Examples, running: Tree) -> np.ndarray:
     """The likeliest class of every held-out example, or the likeliest next token of every position; flat."""
-    config, settings = experiment.model, experiment.train
+    config, settings, task = experiment.model, experiment.train, task_of(experiment)
 
     @jax.jit
-    def predict(running: Tree, inputs: jax.Array) -> jax.Array:
-        logits, _ = models.apply(config, running, inputs)
+    def predict(running: Tree, batch: data.Batch) -> jax.Array:
+        logits, _ = models.apply(config, running, task.prepare(batch)["inputs"])
         return (logits[..., : config.vocab_size] if isinstance(config, GPTConfig) else logits).argmax(-1)
 
-    batches = data.eval_batches(held_out, settings.eval_batch_size, settings.eval_examples)
-    parts = [np.asarray(predict(running, batch["inputs"]))[batch["weights"] > 0].ravel() for batch in batches]
+    batches = data.eval_batches(held_out, settings.eval_batch_size, settings.eval_examples, experiment.data)
+    parts = [np.asarray(predict(running, batch))[batch["weights"] > 0].ravel() for batch in batches]
     return np.concatenate(parts)
 
 
@@ -99,7 +99,9 @@ def timings(experiment: Experiment, params: Tree) -> dict[str, dict[str, step_ti
     """Times of a step by kind of work and row of `step_time.TIMED`: training in both coordinates, and inference, on a training batch."""
     settings, task = experiment.train, task_of(experiment)
     tx = make_optimizer(experiment.optimizer, settings.steps)
-    batch = next(data.train_batches(data.load(experiment).train, experiment.data, settings.batch_size))
+    batches = data.train_batches(data.load(experiment).train, experiment.data, settings.batch_size)
+    batch = next(batches)
+    batches.close()
     windows = {name: getattr(experiment.compare, name) for name in ("warmup_steps", "window_steps", "windows")}
 
     def case(work: str, form: step_time.Form) -> step_time.Case:
@@ -107,7 +109,7 @@ def timings(experiment: Experiment, params: Tree) -> dict[str, dict[str, step_ti
         if work == "inference":
             # Mapped and rounded to the dtype of the computation once, as one would to serve it.
             running = jax.jit(lambda params: _rounded(models.running(params, config), config.dtype))(params)
-            return step_time.inference_case(config, running, batch["inputs"])
+            return step_time.inference_case(config, running, task.prepare(batch)["inputs"])
         native = work == "training, native"
         own = jax.jit(lambda params: models.native(params, config))(params) if native else params
         coordinates = "native" if native else "pre_ln"

@@ -23,13 +23,13 @@ from prenorm_jax.training.tasks import task_of
 ORACLE_EXAMPLES, ORACLE_TOKENS = 64, 8192  # what the float64 oracle sees at most: the more, the longer it takes
 
 
-def evaluate_checkpoint(workdir: pathlib.Path, forms: tuple[str, ...] = ()) -> list[str]:
-    """Evaluates the newest checkpoint of a workdir, as `evaluate_params` does.
+def evaluate_checkpoint(workdir: pathlib.Path, forms: tuple[str, ...] = (), best: bool = False) -> list[str]:
+    """Evaluates the newest checkpoint of a workdir, or the best one on disk, as `evaluate_params` does.
 
     Raises: FileNotFoundError without a checkpoint; ConfigError for an unknown form.
     """
     chosen = _forms(forms)
-    loaded = checkpoints.load(workdir)
+    loaded = checkpoints.load(workdir, step=checkpoints.best(workdir) if best else None)
     experiment, config = loaded.experiment, loaded.experiment.model
     print(f"{workdir}, step {loaded.step}: {config.norm}, trained in {loaded.coordinates} coordinates")
     return evaluate_params(experiment, loaded.params, workdir, chosen)
@@ -95,13 +95,13 @@ def _report(experiment: Experiment, params: Tree) -> equivalence.Report:
     model = experiment.model
     tokens = model.context if isinstance(model, GPTConfig) else model.tokens
     count = min(ORACLE_EXAMPLES, max(1, ORACLE_TOKENS // tokens), len(held_out))
-    batch = next(iter(data.eval_batches(held_out, count, count)))
     task = task_of(experiment)
+    batch = task.prepare(next(iter(data.eval_batches(held_out, count, count))))
 
     def loss(logits: jax.Array) -> jax.Array:
         return task.judge(logits, jnp.asarray(batch["targets"]))["loss"].mean()
 
-    return equivalence.compare(experiment.model, params, batch["inputs"], loss)
+    return equivalence.compare(experiment.model, params, np.asarray(batch["inputs"]), loss)
 
 
 def write_text(workdir: pathlib.Path, prompt: str, new_tokens: int, temperature: float, top_k: int | None) -> str:

@@ -9,7 +9,7 @@ import matplotlib.ticker
 import numpy as np
 from matplotlib.figure import Figure
 
-from prenorm_jax.measure.counts import DEVICES
+from prenorm_jax.training.counts import DEVICES
 
 COLOURS = {
     "pre_ln": "#4c4c4c",

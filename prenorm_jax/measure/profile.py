@@ -19,7 +19,7 @@ from prenorm_jax.measure.equivalence import Form
 from prenorm_jax.measure.works import Work
 
 PARTS: tuple[tuple[str, str], ...] = (
-    ("attention", r"fmha|cudnn|dot_product_attention|attention/core"),
+    ("attention", r"fmha|cudnn|dot_product_attention|attention/(_forward|_backward)"),
     ("matrix products", r"cublas|__triton_gemm|gemm_fusion|\bdot\b|/dot_general$|hopper_product"),
     ("optimizer", r"optimizer"),
     ("weight map", r"weight_map"),

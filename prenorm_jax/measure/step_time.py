@@ -124,8 +124,8 @@ def training_case(
     state = init_state(jax.tree.map(jnp.array, params), tx)
     batch = jax.tree.map(jnp.asarray, dict(batch))
     step = make_train_step(config, task, tx, coordinates=coordinates, accumulate=accumulate)
-    compiled, seconds = _compiled(step, state, batch)
-    return Case(lambda state: compiled(state, batch)[0], state, compiled, seconds)
+    program, seconds = compiled(step, state, batch)
+    return Case(lambda state: program(state, batch)[0], state, program, seconds)
 
 
 def inference_case(config: Config, running: Tree, inputs: Any) -> Case:
@@ -138,11 +138,12 @@ def inference_case(config: Config, running: Tree, inputs: Any) -> Case:
         return logits.max().astype(jnp.float32)
 
     carry = jnp.zeros((), jnp.float32)
-    compiled, seconds = _compiled(jax.jit(infer, compiler_options=compiler_options()), carry, running, inputs)
-    return Case(lambda carry: compiled(carry, running, inputs), carry, compiled, seconds)
+    program, seconds = compiled(jax.jit(infer, compiler_options=compiler_options()), carry, running, inputs)
+    return Case(lambda carry: program(carry, running, inputs), carry, program, seconds)
 
 
-def _compiled(function: Any, *arguments: Any) -> tuple[Any, float]:
+def compiled(function: Any, *arguments: Any) -> tuple[Any, float]:
+    """A jitted function compiled for these arguments, and the seconds that took."""
     start = time.perf_counter()
-    compiled = function.lower(*arguments).compile()
-    return compiled, time.perf_counter() - start
+    program = function.lower(*arguments).compile()
+    return program, time.perf_counter() - start

@@ -1,7 +1,7 @@
 """A table of step times: works x forms, timed one work after the other and written after each, so that a study can stop and go on.
 
 Forms of a work are compiled ahead of time and timed in turn in one process (prenorm_jax.measure.step_time), with two controls: Pre-LN once
-more, compiled by itself, and no norm. MFU is the analytic count of operations (prenorm_jax.measure.counts) over the time and over the
+more, compiled by itself, and no norm. MFU is the analytic count of operations (prenorm_jax.training.counts) over the time and over the
 device's peak, by both conventions of counting attention. A batch of 1 in inference is also timed call by call.
 """
 
@@ -22,9 +22,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from prenorm_jax.measure import counts, step_time
+from prenorm_jax.measure import step_time
 from prenorm_jax.measure.works import Work
 from prenorm_jax.models.config import ConfigError, require
+from prenorm_jax.training import counts
 from prenorm_jax.training.step import compiler_options
 
 

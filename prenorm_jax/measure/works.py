@@ -16,12 +16,12 @@ import numpy as np
 import optax
 
 from prenorm_jax import models
-from prenorm_jax.measure import counts
 from prenorm_jax.measure.equivalence import PRE_LN, Config, Form
 from prenorm_jax.measure.step_time import Case, inference_case, training_case
 from prenorm_jax.models import GPTConfig, ViTConfig
 from prenorm_jax.models.config import require, require_one_of
 from prenorm_jax.paths import Tree
+from prenorm_jax.training import counts
 from prenorm_jax.training.experiment import COORDINATES, Optimizer
 from prenorm_jax.training.optimizer import make_optimizer
 from prenorm_jax.training.tasks import ImageClassification, LanguageModelling, Task
@@ -109,7 +109,7 @@ class Work:
         if self.kind == "inference":
             return inference_case(self.config(form), params, self.data()["inputs"])
         return training_case(
-            self.config(form), params, self.task, _optimizer(), self.data(), coordinates=self.coordinates
+            self.config(form), params, self.task, optimizer(), self.data(), coordinates=self.coordinates
         )
 
     def operations(self, form: Form) -> list[counts.Operation]:
@@ -161,6 +161,7 @@ def _narrow(shapes: Tree, dtype: str) -> Tree:
 
 
 @functools.cache
-def _optimizer() -> optax.GradientTransformation:
+def optimizer() -> optax.GradientTransformation:
+    """What timed works are trained with."""
     # So small a learning rate that no form leaves the finite numbers, the one without norms included.
     return make_optimizer(Optimizer(learning_rate=1e-7, warmup_steps=1), 10**6)

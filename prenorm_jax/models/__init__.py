@@ -31,6 +31,7 @@ from prenorm_jax.models.config import (
 )
 from prenorm_jax.models.gpt import GPT, empty_cache
 from prenorm_jax.models.intercept_norms import intercept_norms
+from prenorm_jax.models.stochastic_depth import draw_branch_scales
 from prenorm_jax.models.swap_norms import swap_norms
 from prenorm_jax.models.variants import Variant, variant
 from prenorm_jax.models.vit import ViT
@@ -49,6 +50,7 @@ __all__ = [
     "abstract",
     "apply",
     "count",
+    "draw_branch_scales",
     "empty_cache",
     "gpt_config",
     "init",

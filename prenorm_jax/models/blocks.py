@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prenorm_jax import norms
+from prenorm_jax import norms, placement
 from prenorm_jax.models import hopper
 from prenorm_jax.models.config import ATTENTIONS, Transformer, require_one_of
 from prenorm_jax.models.gelu import gelu
+from prenorm_jax.models.stochastic_depth import of_sample
 from prenorm_jax.models.variants import Variant
 
 Array = jax.Array
@@ -39,12 +40,14 @@ class Linear(nnx.Module):
         bias: bool = True,
         layers: tuple[int, ...] = (),
         init: Init | None = None,
+        stored: placement.Place = placement.COLUMNS,
         dtype: str,
         rngs: nnx.Rngs,
     ):
         init = init or normal(1 / math.sqrt(inputs))
         self.kernel = nnx.Param(init(rngs.params(), (*layers, inputs, outputs), jnp.dtype(dtype)))
         self.bias = nnx.Param(jnp.zeros((*layers, outputs), jnp.dtype(dtype))) if bias else None
+        self.stored = stored
 
     def __call__(self, x: Array) -> Array:
         return self.biased(x @ self.matrix(x.dtype))
@@ -52,7 +55,7 @@ class Linear(nnx.Module):
     def matrix(self, dtype: Any) -> Array:
         """The kernel as it multiplies an x of this dtype."""
         # Behind a barrier the cast (and the weight map before it) stays out of the product, whose kernel then takes bias and residual.
-        return jax.lax.optimization_barrier(self.kernel[...].astype(dtype))
+        return jax.lax.optimization_barrier(placement.gathered(self.kernel[...].astype(dtype), self.stored))
 
     def biased(self, y: Array) -> Array:
         """A product, with the bias."""
@@ -148,8 +151,8 @@ class Affine(nnx.Module):
 class LayerScale(nnx.Module):
     """What a branch writes, times a learned vector (D,). A leaf of the Pre-LN model alone (`layer_scale`)."""
 
-    def __init__(self, width: int, dtype: str, layers: tuple[int, ...] = ()):
-        self.scale = nnx.Param(jnp.ones((*layers, width), jnp.dtype(dtype)))
+    def __init__(self, width: int, dtype: str, layers: tuple[int, ...] = (), init: float = 1.0):
+        self.scale = nnx.Param(jnp.full((*layers, width), init, jnp.dtype(dtype)))
 
     def __call__(self, written: Written) -> Written:
         y, bias = written
@@ -174,7 +177,7 @@ class Attention(nnx.Module):
         self.key = linear(lanes, config.width, bias=bias)
         self.value = linear(lanes, config.width, bias=bias)
         init = normal(1 / math.sqrt(2 * config.depth * config.width))
-        self.out = linear(config.width, lanes, bias=config.bias, init=init)
+        self.out = linear(config.width, lanes, bias=config.bias, init=init, stored=placement.ROWS)
         self.heads, self.causal, self.implementation = config.heads, causal, config.attention
 
     @jax.named_scope("attention")
@@ -265,17 +268,28 @@ def even_length(config: Transformer, length: int) -> int:
 
 
 def _attend_on_even_rows(kernel: str, q: Array, k: Array, v: Array, *, causal: bool, length: int | None) -> Array:
-    batch, queries = q.shape[:2]
+    queries = q.shape[1]
     multiple = MULTIPLES[kernel]
     if queries % multiple:
         length = k.shape[1] if length is None else length
         q, k, v = (jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)]) for x in (q, k, v))
     # The queries behind `length` attend as well: what nobody reads has to be finite all the same.
     if kernel == "hopper":
-        return hopper.attend(q, k, v, k.shape[1] if length is None else length)[:, :queries]
-    lengths = None if length is None else jnp.full((batch,), length, jnp.int32)
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn")
-    return y[:, :queries]
+        attend = functools.partial(_attend_on_hopper, length=k.shape[1] if length is None else length)
+    else:
+        attend = functools.partial(_attend_in_cudnn, causal=causal, length=length)
+    return placement.on_each_device(attend, (q, k, v), (placement.HEADS,) * 3, placement.HEADS)[:, :queries]
+
+
+def _attend_on_hopper(q: Array, k: Array, v: Array, *, length: int) -> Array:
+    return hopper.attend(q, k, v, length)
+
+
+def _attend_in_cudnn(q: Array, k: Array, v: Array, *, causal: bool, length: int | None) -> Array:
+    lengths = None if length is None else jnp.full((len(q),), length, jnp.int32)
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
 
 
 def _attend_in_float64(q: Array, k: Array, v: Array, *, causal: bool, mask: Array | None) -> Array:
@@ -296,7 +310,7 @@ class Mlp(nnx.Module):
         lanes = variant.lanes(config.width)
         self.up = linear(lanes, config.mlp_width, bias=reader_bias(config, variant, config.bias))
         init = normal(1 / math.sqrt(2 * config.depth * config.mlp_width))
-        self.down = linear(config.mlp_width, lanes, bias=config.bias, init=init)
+        self.down = linear(config.mlp_width, lanes, bias=config.bias, init=init, stored=placement.ROWS)
         self.gelu = jax.named_scope("gelu")(functools.partial(gelu, form=config.gelu))
 
     @jax.named_scope("mlp")
@@ -315,8 +329,9 @@ class Block(nnx.Module):
         self.norm2 = Norm(config, variant, layers)
         self.mlp = Mlp(config, variant, layers=layers, rngs=rngs)
         scaled = config.layer_scale and variant.affine
-        self.scale1 = LayerScale(config.width, config.param_dtype, layers) if scaled else None
-        self.scale2 = LayerScale(config.width, config.param_dtype, layers) if scaled else None
+        scale = functools.partial(LayerScale, config.width, config.param_dtype, layers, config.layer_scale_init)
+        self.scale1 = scale() if scaled else None
+        self.scale2 = scale() if scaled else None
 
     def __call__(
         self,
@@ -326,16 +341,31 @@ class Block(nnx.Module):
         cache: Any = None,
         position: Array | int = 0,
         length: int | None = None,
+        branch_scales: Array | None = None,
     ) -> tuple[Array, Array, Written, Any]:
         """Takes the main branch and what the block before it wrote; returns their sum, and the same two behind this block."""
         before, n = self.norm1.behind(x, written)
         written, cache = self.attn(n, batch, cache, position, length)
-        x, n = self.norm2.behind(before, written if self.scale1 is None else self.scale1(written))
+        written = of_sample(written if self.scale1 is None else self.scale1(written), branch_scales, 0)
+        x, n = self.norm2.behind(before, written)
         written = self.mlp(n)
-        return before, x, written if self.scale2 is None else self.scale2(written), cache
+        written = of_sample(written if self.scale2 is None else self.scale2(written), branch_scales, 1)
+        return before, x, written, cache
 
 
 Blocks = Block | nnx.List
+
+
+def _saves_activations(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Anything but weights that were gathered, and copies of them."""
+    return primitive.name not in ("sharding_constraint", "optimization_barrier", "name")
+
+
+REMAT_POLICIES = {
+    "nothing": None,
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "activations": _saves_activations,
+}
 
 
 def blocks(config: Transformer, variant: Variant, *, causal: bool, rngs: nnx.Rngs) -> Blocks:
@@ -378,7 +408,8 @@ def run(
     position: Array | int = 0,
     *,
     length: int | None = None,
-    remat: bool = False,
+    remat: str | None = None,
+    branch_scales: Array | None = None,
     unroll: bool = False,
 ) -> tuple[Array, Array, Any]:
     """Runs all blocks on the main branch x (N, R).
@@ -386,27 +417,32 @@ def run(
     Args:
       cache: {"key", "value"} of (depth, B, T, H, K), or None; `position` is where in T these tokens begin.
       length: how many tokens of each sequence attention sees, from the first on; None: all.
-      remat: whether the backward pass recomputes each block.
+      remat: None, or one of `REMAT_SAVES`: what the backward pass finds of each block; it recomputes the rest.
+      branch_scales: (B, depth, 2), what the attention and the MLP of each block write is multiplied by, or None.
       unroll: whether stacked blocks run one by one, not in one loop.
 
     Returns: the main branch after the last block (N, R), before and after every block (depth + 1, N, R), and the new cache.
     """
     graph: Any
+    states: Any
 
-    def step(x: Array, written: Written, layer: tuple[Any, Any]) -> tuple[Array, Array, Written, Any]:
-        state, cache = layer
-        return nnx.merge(graph, state)(x, written, batch, cache, position, length)
+    def step(x: Array, written: Written, layer: tuple[Any, Any, Any]) -> tuple[Array, Array, Written, Any]:
+        state, cache, scales = layer
+        before, x, written, cache = nnx.merge(graph, state)(x, written, batch, cache, position, length, scales)
+        return before, placement.examples(x), written, cache
 
-    step = jax.checkpoint(step) if remat else step
+    step = jax.checkpoint(step, policy=REMAT_POLICIES[remat]) if remat else step
+    scales = None if branch_scales is None else jnp.moveaxis(branch_scales, 1, 0)
+    x = placement.examples(x)
     if isinstance(blocks, Block) and not unroll:
         graph, state = nnx.split(blocks)
 
-        def scanned(x: Array, layer: tuple[Any, Any]) -> tuple[Array, tuple[Array, Any]]:
+        def scanned(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, tuple[Array, Any]]:
             before, x, written, cache = step(x, NOTHING, layer)
             return add(x, written), (before, cache)
 
-        last, (states, cache) = jax.lax.scan(scanned, x, (state, cache))
-        return last, jnp.concatenate([states, last[None]]), cache
+        last, (before, cache) = jax.lax.scan(scanned, x, (state, cache, scales))
+        return last, jnp.concatenate([before, last[None]]), cache
 
     if isinstance(blocks, Block):
         graph, state = nnx.split(blocks)
@@ -415,7 +451,8 @@ def run(
         layers = [nnx.split(block) for block in blocks]
     states, caches, written = [], [], NOTHING
     for index, (graph, state) in enumerate(layers):  # noqa: B007
-        before, x, written, layer_cache = step(x, written, (state, jax.tree.map(lambda leaf, i=index: leaf[i], cache)))
+        of_layer = jax.tree.map(lambda leaf, i=index: leaf[i], (cache, scales))
+        before, x, written, layer_cache = step(x, written, (state, *of_layer))
         states.append(before)
         caches.append(layer_cache)
     last = add(x, written)

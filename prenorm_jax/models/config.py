@@ -16,6 +16,7 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 POOLS = ("cls", "mean", "cls_and_mean")
 POSITIONS = ("learned", "sincos")
 POSITIONED = ("patches", "special", "all")
+REMAT_SAVES = ("nothing", "products", "activations")
 DISTILLED = ("none", "token", "head")
 
 
@@ -41,10 +42,12 @@ class Transformer:
     norm, basis, layout choose the variant (prenorm_jax.models.variants); basis and layout matter to pre_crmsnorm alone.
     dtype is the dtype of the computation, param_dtype that of the parameters; norms take their statistics in float32 or wider.
     bias: whether the blocks' linear maps and all norms have one; qkv_bias: whether query, key and value have one beside that.
-    layer_scale: whether what a branch writes is multiplied by a learned vector (Touvron et al., 2021).
+    layer_scale: whether what a branch writes is multiplied by a learned vector (Touvron et al., 2021), of layer_scale_init at first.
     scan_layers: whether the layers are stacked, a leaf for all of them, and run in one loop, which compiles in the time of one layer.
     unroll: whether stacked layers run one after the other, without the loop: the fastest step, since whatever maps, casts or updates
       weights is one kernel for all layers.
+    remat: whether the backward pass recomputes the blocks; remat_saves: what it needn't: nothing, products (of matrices; not attention), or
+      activations (everything but weights, which are then gathered along the mesh's fsdp axis once more).
     """
 
     width: int
@@ -59,12 +62,14 @@ class Transformer:
     bias: bool = True
     qkv_bias: bool = True
     layer_scale: bool = False
+    layer_scale_init: float = 1.0
     dtype: str = "float32"
     param_dtype: str = "float32"
     attention: str = "auto"
     scan_layers: bool = False
     unroll: bool = False
     remat: bool = False
+    remat_saves: str = "nothing"
 
     def __post_init__(self) -> None:
         for field in ("width", "depth", "heads", "mlp_width"):
@@ -76,15 +81,23 @@ class Transformer:
         require_one_of("model.basis", self.basis, BASES)
         require_one_of("model.layout", self.layout, LAYOUTS)
         require(isinstance(self.eps, float) and 0 < self.eps < math.inf, "model.eps", self.eps, "a float > 0")
+        init = self.layer_scale_init
+        require(isinstance(init, float) and math.isfinite(init), "model.layer_scale_init", init, "a float")
         require_one_of("model.gelu", self.gelu, GELUS)
         require_one_of("model.dtype", self.dtype, DTYPES)
         require_one_of("model.param_dtype", self.param_dtype, DTYPES)
         require_one_of("model.attention", self.attention, ATTENTIONS)
+        require_one_of("model.remat_saves", self.remat_saves, REMAT_SAVES)
         self._require_bools("scan_layers", "unroll", "remat", "bias", "qkv_bias", "layer_scale")
 
     def _require_bools(self, *fields: str) -> None:
         for field in fields:
             require(isinstance(getattr(self, field), bool), f"model.{field}", getattr(self, field), "True or False")
+
+    @property
+    def recomputes(self) -> str | None:
+        """`remat_saves` where the backward pass recomputes the blocks."""
+        return self.remat_saves if self.remat else None
 
     @property
     def head_width(self) -> int:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prenorm_jax import placement
 from prenorm_jax.models import blocks
 from prenorm_jax.models.config import GPTConfig
 from prenorm_jax.models.variants import variant
@@ -41,16 +42,19 @@ class GPT(nnx.Module):
             )
         self.config = config
 
-    def __call__(self, tokens: Array, cache: Any = None, position: Array | int = 0) -> tuple[Array, dict[str, Any]]:
+    def __call__(
+        self, tokens: Array, cache: Any = None, position: Array | int = 0, branch_scales: Array | None = None
+    ) -> tuple[Array, dict[str, Any]]:
         """The logits of the next token at every position.
 
         Args:
           tokens: (B, L) int ids in [0, vocab_size).
           cache: the keys and values of earlier tokens, from `empty_cache` or an earlier call, or None to attend within `tokens`.
           position: how many tokens the cache holds already.
+          branch_scales: what each branch of each sample is multiplied by, (B, depth, 2), from `draw_branch_scales`; None for all ones.
 
         Returns: logits (B, L, padded_vocab), float32 or wider, of which the first vocab_size columns mean something; and
-          {"main_branch": (depth + 1, B, L, R), "cache": the cache with these tokens, or None}.
+          {"main_branch": (depth + 1, B, L, R), "last": (B, L, R), its last, "cache": the cache with these tokens, or None}.
         Raises: ValueError for more tokens than the context.
         """
         config, this = self.config, variant(self.config)
@@ -58,23 +62,33 @@ class GPT(nnx.Module):
         end = length + (position if isinstance(position, int) else 0)
         if end > config.context:
             raise ValueError(f"tokens: got {end} of them; expected at most the context, {config.context}")
-        x = self.embed.table[...][tokens]
+        table = placement.gathered(self.embed.table[...], placement.TABLE)
+        x = table[placement.examples(tokens)]
         x = this.write(x) if config.tied else x
-        x = x + jax.lax.dynamic_slice_in_dim(self.position.table[...], position, length)[None]
+        positions = placement.gathered(self.position.table[...], placement.POSITIONS)
+        x = x + jax.lax.dynamic_slice_in_dim(positions, position, length)[None]
         x = x.astype(config.dtype)
 
         x, states, cache = blocks.run(
-            self.blocks, x.reshape(batch * length, -1), batch, cache, position, remat=config.remat, unroll=config.unroll
+            self.blocks,
+            x.reshape(batch * length, -1),
+            batch,
+            cache,
+            position,
+            remat=config.recomputes,
+            branch_scales=branch_scales,
+            unroll=config.unroll,
         )
-        logits = self._tied_logits(x) if config.tied else self.head(self.norm(x))
+        logits = self._tied_logits(x, table) if config.tied else self.head(self.norm(x))
         # Behind a barrier the product stores its logits in its own dtype; without, XLA has it store them wide.
         logits = jax.lax.optimization_barrier(logits)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)).reshape(batch, length, -1)
-        return logits, {"main_branch": states.reshape(len(states), batch, length, -1), "cache": cache}
+        x = x.reshape(batch, length, -1)
+        return logits, {"main_branch": states.reshape(len(states), *x.shape), "last": x, "cache": cache}
 
-    def _tied_logits(self, x: Array) -> Array:
+    def _tied_logits(self, x: Array, table: Array) -> Array:
         n = variant(self.config).norm_in_pre_ln(x, *self.norm.leaves(), eps=self.config.eps)
-        return n @ jax.lax.optimization_barrier(self.embed.table[...].astype(n.dtype)).T
+        return n @ jax.lax.optimization_barrier(table.astype(n.dtype)).T
 
 
 def empty_cache(config: GPTConfig, batch: int) -> dict[str, Array]:

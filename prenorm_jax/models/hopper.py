@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from prenorm_jax import placement
+
 Array = jax.Array
 
 HEAD_WIDTH = 64
@@ -28,9 +30,11 @@ BLOCK = 64  # rows of a product
 
 
 def served(dtype: Any, head_width: int, queries: int, keys: int) -> bool:
-    """Whether these kernels can attend, on this process's one device."""
-    if jax.default_backend() != "gpu" or jax.device_count() > 1 or jax.__version_info__ < (0, 11):
-        return False  # over several devices the kernel would have to be told how its arguments are sharded
+    """Whether these kernels can attend, on the devices of the mesh in force, or on this process's one."""
+    if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
+        return False
+    if jax.device_count() > 1 and not placement.sizes():
+        return False  # what XLA splits by itself, without a mesh to tell the kernel how, would fail here
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     short = queries == keys and LENGTHS[0] <= keys <= LENGTHS[1]
     capability = getattr(jax.devices()[0], "compute_capability", "")

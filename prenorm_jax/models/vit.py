@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from prenorm_jax import placement
 from prenorm_jax.models import blocks
 from prenorm_jax.models.config import ViTConfig
 from prenorm_jax.models.variants import variant
@@ -29,7 +30,8 @@ class Patches(nnx.Module):
         batch, height, width, _ = images.shape
         x = images.reshape(batch, height // size, size, width // size, size, channels).swapaxes(2, 3)
         x = x.reshape(batch, -1, size * size * channels)
-        return x @ self.kernel[...].reshape(-1, lanes).astype(x.dtype) + self.bias[...].astype(x.dtype)[None, None]
+        kernel = placement.gathered(self.kernel[...], placement.PATCHES)
+        return x @ kernel.reshape(-1, lanes).astype(x.dtype) + self.bias[...].astype(x.dtype)[None, None]
 
 
 class Token(nnx.Module):
@@ -69,8 +71,11 @@ class ViT(nnx.Module):
             self.head = linear(config.pre_logits, config.classes)
         self.config = config
 
-    def __call__(self, images: Array) -> tuple[Array, dict[str, Array]]:
-        """Returns logits (B, classes), or features where there is no head, float32 or wider, and {"main_branch": (depth + 1, B, L, R)}.
+    def __call__(self, images: Array, branch_scales: Array | None = None) -> tuple[Array, dict[str, Array]]:
+        """Returns logits (B, classes), or features where there is no head, float32 or wider, and {"main_branch":
+        (depth + 1, B, L, R), before and after every block, "last": (B, L, R), after the last one}.
+
+        branch_scales: what each branch of each sample is multiplied by, (B, depth, 2), from `draw_branch_scales`; None for all ones.
 
         Raises: ValueError for images of another shape than the config's.
         """
@@ -79,7 +84,7 @@ class ViT(nnx.Module):
         if images.shape[1:] != expected:
             raise ValueError(f"images: got shape {images.shape}; expected (batch, {', '.join(map(str, expected))})")
         batch = images.shape[0]
-        x = self.patch(images.astype(config.dtype))
+        x = self.patch(placement.examples(images.astype(config.dtype)))
         first = [token.token[...][None] for token in (getattr(self, "class"), self.distilled) if token is not None]
         first += [self.registers.table[...]] if self.registers is not None else []
         if first:
@@ -90,17 +95,27 @@ class ViT(nnx.Module):
         tokens, length = config.tokens, blocks.even_length(config, config.tokens)
         x = jnp.pad(x, [(0, 0), (0, length - tokens), (0, 0)]).reshape(batch * length, -1)
         seen = tokens if length > tokens else None
-        x, states, _ = blocks.run(self.blocks, x, batch, length=seen, remat=config.remat, unroll=config.unroll)
-        logits = self._head(self._pooled(x.reshape(batch, length, -1)))
+        x, states, _ = blocks.run(
+            self.blocks,
+            x,
+            batch,
+            length=seen,
+            remat=config.recomputes,
+            unroll=config.unroll,
+            branch_scales=branch_scales,
+        )
+        x = x.reshape(batch, length, -1)
+        logits = self._head(self._pooled(x))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        return logits, {"main_branch": states.reshape(len(states), batch, length, -1)[:, :, :tokens]}
+        states = states.reshape(len(states), *x.shape)[:, :, :tokens]
+        return logits, {"main_branch": states, "last": x[:, :tokens]}
 
     def _positions(self) -> Array:
         """What is added to the tokens, (L, R): nothing to those that the table has no row for."""
         config = self.config
         if self.position is None:
             return variant(config).write(sincos(config))
-        table = self.position.table[...]
+        table = placement.gathered(self.position.table[...], placement.POSITIONS)
         missing = config.tokens - config.position_rows
         if not missing:
             return table

@@ -1,29 +1,28 @@
-"""Checkpoints: {parameters, optimizer, position, stamp}, written by Orbax, asynchronously and atomically.
+"""Checkpoints: {parameters, optimizer, position, stamp, fingerprints}, written by Orbax, asynchronously and atomically.
 
 A checkpoint appears under its final name (workdir/checkpoints/<step>) only when all of it is on disk; what a killed
 run leaves half written is ignored and swept away by the next run. The stamp says which experiment, coordinates and
-chart the parameters belong to.
+chart the parameters belong to; the fingerprints show whether what is read is what was written. A checkpoint that can't
+be read, or not as it was written, is passed over for the one before, and set aside. Here they are read; a run writes
+them by saving.py.
 """
 
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
 import prenorm_jax
-from prenorm_jax import models
 from prenorm_jax.models.config import ConfigError
+from prenorm_jax.training import charts, items, keeping
 from prenorm_jax.training.experiment import Experiment, as_tree, differences, read_experiment
-from prenorm_jax.training.step import Params, State
+from prenorm_jax.training.optimizer import make_optimizer
+from prenorm_jax.training.step import Params, State, abstract_state, judged_params
 
 Result = TypeVar("Result")
-
-FORMAT = 1
-# How the model is computed, not which function of its parameters it is: a resumed run may change these.
-COMPUTE_FIELDS = ("dtype", "attention", "unroll", "remat", "layout")
 
 
 class Loaded(NamedTuple):
@@ -33,56 +32,6 @@ class Loaded(NamedTuple):
     coordinates: str
     params: Params
     step: int
-
-
-class Checkpoints:
-    """The checkpoints of a run that writes them; a context manager that waits, on leaving, for a save under way."""
-
-    def __init__(self, workdir: pathlib.Path, experiment: Experiment) -> None:
-        """Makes the folder. Call `refuse_other_model` first."""
-        self._stamp = stamp(experiment)
-        self._manager = ocp.CheckpointManager(
-            folder(workdir),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=experiment.train.keep, cleanup_tmp_directories=True, save_root_metadata=False
-            ),
-        )
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._manager.close()
-
-    def save(self, state: State, data: grain.DatasetIterator) -> None:
-        """Starts to save; the arrays are copied before this returns, so that the next step may take their memory."""
-        step = int(state.step)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                parameters=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave(state.opt_state),
-                position=ocp.args.JsonSave({"step": step, "data": data.get_state()}),
-                stamp=ocp.args.JsonSave(self._stamp),
-            ),
-        )
-
-    def restore(self, initial: State, data: grain.DatasetIterator) -> State:
-        """The newest state, shaped and placed like `initial`, or `initial` itself; moves `data` to where it stopped."""
-        step = self._manager.latest_step()
-        if step is None:
-            return initial
-        found = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                parameters=ocp.args.StandardRestore(jax.tree.map(_like, initial.params)),
-                optimizer=ocp.args.StandardRestore(jax.tree.map(_like, initial.opt_state)),
-                position=ocp.args.JsonRestore(),
-            ),
-        )
-        data.set_state(found["position"]["data"])
-        taken = jax.device_put(jax.numpy.int32(found["position"]["step"]), initial.step.sharding)
-        return State(found["parameters"], found["optimizer"], taken)
 
 
 def folder(workdir: pathlib.Path) -> pathlib.Path:
@@ -97,7 +46,7 @@ def stamp(experiment: Experiment) -> dict[str, Any]:
     if chart == "pre_crmsnorm":
         chart = f"{chart}, {model.basis}, compact"
     return {
-        "format": FORMAT,
+        "format": items.FORMAT,
         "prenorm_jax": prenorm_jax.__version__,
         "coordinates": coordinates,
         "chart": chart,
@@ -106,8 +55,22 @@ def stamp(experiment: Experiment) -> dict[str, Any]:
 
 
 def latest(workdir: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
-    """Step and stamp of the newest checkpoint, or None where there is none. Writes nothing."""
-    return _read(workdir, lambda manager, step: (step, _stamp(manager, step)))
+    """Step and stamp of the newest checkpoint whose stamp can be read, or None where there is none. Writes nothing."""
+    # Quietly: a run tells of damage when it restores.
+    with warnings.catch_warnings(action="ignore"):
+        return _read(workdir, lambda manager, step: (step, items.read_stamp(manager, step)))
+
+
+def best(workdir: pathlib.Path) -> int | None:
+    """Step of the best checkpoint on disk, by its run's train.best_by, or None where none was evaluated. Writes nothing."""
+
+    def read(manager: ocp.CheckpointManager, step: int) -> int | None:
+        by = read_experiment(items.read_stamp(manager, step)["experiment"]).train.best_by
+        found = {step: held_out for step in manager.all_steps() if (held_out := items.held_out(manager, step))}
+        order = keeping.best_first({step: keeping.score(values, by) for step, values in found.items()}, found)
+        return order[0] if order else None
+
+    return _read(workdir, read)
 
 
 def refuse_other_model(workdir: pathlib.Path, experiment: Experiment) -> list[str]:
@@ -116,56 +79,82 @@ def refuse_other_model(workdir: pathlib.Path, experiment: Experiment) -> list[st
     if found is None:
         return []
     # Read and written once more, a checkpoint of an earlier version has today's fields at their defaults.
-    before, now = as_tree(read_experiment(found[1]["experiment"])), as_tree(experiment)
-    changed = differences(_identity(before), _identity(now))
-    if changed:
-        raise ConfigError(
-            f"workdir: {workdir} holds a checkpoint of another model ({'; '.join(changed)}); "
-            "allowed: the same model, or another --workdir"
-        )
-    sections = ("model", "data", "optimizer", "train")
+    then = read_experiment(found[1]["experiment"])
+    charts.refuse(workdir, then, experiment)
+    before, now = as_tree(then), as_tree(experiment)
+    sections = [name for name in now if name not in ("task", "compare", "estimate")]
     return differences({name: before[name] for name in sections}, {name: now[name] for name in sections})
 
 
-def load(workdir: pathlib.Path) -> Loaded:
-    """The newest checkpoint. Raises FileNotFoundError where there is none, ConfigError for a stamp of another
-    format."""
+def load(workdir: pathlib.Path, into: Experiment | None = None, step: int | None = None) -> Loaded:
+    """A checkpoint's parameters, or their moving average where one was kept: of `step`, or the newest that is whole.
+
+    Args:
+      into: the experiment in whose coordinates they are wanted; None: in their own.
+
+    Raises: FileNotFoundError where there is none; ConfigError for a stamp of another format, or coordinates that they have no map to.
+    """
 
     def read(manager: ocp.CheckpointManager, step: int) -> Loaded:
-        experiment = read_experiment(_stamp(manager, step)["experiment"])
-        coordinates = experiment.train.coordinates
-        expected = jax.eval_shape(lambda: models.init(experiment.model, 0, coordinates))
-        args = ocp.args.Composite(parameters=ocp.args.StandardRestore(jax.tree.map(_like, expected)))
-        return Loaded(experiment, coordinates, manager.restore(step, args=args)["parameters"], step)
+        found = items.read_stamp(manager, step)
+        experiment = read_experiment(found["experiment"])
+        coordinates, settings = experiment.train.coordinates, experiment.optimizer
+        expected = abstract_state(experiment.model, make_optimizer(settings, experiment.train.steps), coordinates)
+        wanted = {"parameters": expected.params, **({"optimizer": expected.opt_state} if settings.average else {})}
+        trees = arrays_of(manager, step, jax.tree.map(_like, wanted))
+        items.require_as_written(manager, step, found, trees)
+        params = judged_params(State(trees["parameters"], trees.get("optimizer"), expected.step))
+        if into is None:
+            return Loaded(experiment, coordinates, params, step)
+        return Loaded(into, into.train.coordinates, charts.mapped(params, experiment, into), step)
 
-    loaded = _read(workdir, read)
+    loaded = _read(workdir, read, step)
     if loaded is None:
-        raise FileNotFoundError(f"no checkpoint in {folder(workdir)}")
+        raise FileNotFoundError(f"no checkpoint {'' if step is None else f'{step} '}in {folder(workdir)}")
     return loaded
 
 
-def _read(workdir: pathlib.Path, read: Callable[[ocp.CheckpointManager, int], Result]) -> Result | None:
-    """`read(manager, newest step)` without creating or sweeping anything."""
+def _read(
+    workdir: pathlib.Path, read: Callable[[ocp.CheckpointManager, int], Result], wanted: int | None = None
+) -> Result | None:
+    """`read(manager, step)` of the newest step that it does not fail for, without creating or sweeping anything."""
     if not folder(workdir).is_dir():
         return None
     options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
+    damaged: dict[int, str] = {}
     with ocp.CheckpointManager(folder(workdir), options=options) as manager:
-        step = manager.latest_step()
-        return None if step is None else read(manager, step)
+        for step in sorted(manager.all_steps(), reverse=True):
+            if wanted not in (None, step):
+                continue
+            try:
+                found = read(manager, step)
+            except items.NOT_DAMAGE:
+                raise
+            except Exception as error:
+                damaged[step] = items.in_a_line(error)
+                continue
+            for bad, why in damaged.items():
+                warnings.warn(f"{workdir}: checkpoint {bad} is damaged ({why}); read is {step}", stacklevel=3)
+            return found
+    if damaged:
+        raise ConfigError(none_readable(workdir, damaged))
+    return None
 
 
-def _stamp(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    found: dict[str, Any] = manager.restore(step, args=ocp.args.Composite(stamp=ocp.args.JsonRestore()))["stamp"]
-    if found.get("format") != FORMAT:
-        raise ConfigError(f"checkpoint {step}: got format {found.get('format')!r}; allowed: {FORMAT}")
-    return found
+def arrays_of(manager: ocp.CheckpointManager, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+    """Items of arrays, shaped and placed as `like` says."""
+    args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in like.items()})
+    found = manager.restore(step, args=args)
+    return {name: found[name] for name in like}
 
 
-def _identity(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of an experiment that says which function of which parameters is trained on what."""
-    model = {key: value for key, value in tree["model"].items() if key not in COMPUTE_FIELDS}
-    coordinates = {"coordinates": tree["train"]["coordinates"]}
-    return {"task": tree["task"], "model": model, "data": {"name": tree["data"]["name"]}, "train": coordinates}
+def none_readable(workdir: pathlib.Path, damaged: Mapping[int, str]) -> str:
+    """What to say where every checkpoint is damaged, and how."""
+    told = "; ".join(f"{step}: {error}" for step, error in damaged.items())
+    return (
+        f"workdir: none of the checkpoints of {workdir} can be read ({told}); left as they are; "
+        "allowed: another --workdir, or files that can be read"
+    )
 
 
 def _like(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from prenorm_jax import placement
 from prenorm_jax.hopper import cross_entropy as hopper
 
 Array = jax.Array
+ROWS = placement.EXAMPLES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -39,7 +41,9 @@ def _loss(
     # A mask fuses into the reductions; a slice would copy the logits to a width that the matrix units dislike.
     real = _columns(logits) < classes
     if _by_kernel(logits, classes, smoothing, rounded):
-        normaliser = hopper.log_sum_exp(_as_rows(logits, rounded), classes=classes).reshape(targets.shape)
+        log_sum_exp = functools.partial(hopper.log_sum_exp, classes=classes)
+        normaliser = placement.on_each_device(log_sum_exp, (_as_rows(logits, rounded),), (ROWS,), ROWS)
+        normaliser = normaliser.reshape(targets.shape)
     else:
         normaliser = jax.nn.logsumexp(jnp.where(real, logits, -jnp.inf), axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
@@ -55,7 +59,8 @@ def _gradient(
     logits, targets, normaliser = kept
     if _by_kernel(logits, classes, smoothing, rounded):
         rows = [array.reshape(-1) for array in (normaliser, targets, dloss)]
-        gradient = hopper.gradient(_as_rows(logits, rounded), *rows, classes=classes)
+        by_kernel = functools.partial(hopper.gradient, classes=classes)
+        gradient = placement.on_each_device(by_kernel, (_as_rows(logits, rounded), *rows), (ROWS,) * 4, ROWS)
         return gradient.reshape(logits.shape).astype(logits.dtype), None
     columns = _columns(logits)
     wanted = jnp.where(columns == targets[..., None], 1 - smoothing, 0.0) + smoothing / classes

@@ -1,30 +1,45 @@
-"""Data sets that need no download, and the grain pipelines that turn them into batches.
+"""What a data set is, and the grain pipelines that turn one into batches.
 
-A data set is a length and a function (indices, rng) -> batch, so that order, repetition, batching, prefetching and the
-saved position are grain's alone, and a batch is cut out of memory by a few array operations. Batches are dicts of numpy
-arrays: "inputs" (B, ...), "targets" (B, ...) and "weights" (B,), float32, which is 0 on the rows that only fill up the
-last batch of an evaluation.
+A data set is a length and a function (indices, draws) -> batch, so that order, repetition, batching, reading ahead and workers are grain's
+alone, and a batch is cut out of memory by a few array operations. Batches are dicts of numpy arrays: "inputs" (B, ...), "targets"
+(B, ...) and "weights" (B,), float32, which is 0 on the rows that only fill up the last batch of an evaluation.
+
+The stream of batches is one, whoever reads it: what is random in a batch is drawn for the whole batch, a row an example, and each of
+`process_count` processes reads its own rows of it. So the examples of step n depend on the seed and on n, and on nothing else: not on
+the number of processes, of workers or of threads, nor on how often the run was interrupted.
 """
 
 import dataclasses
-import hashlib
+import functools
 import importlib
+import multiprocessing
 import os
 import pathlib
-import sysconfig
+import signal
+import threading
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import grain
 import numpy as np
+from absl import flags
 
-from prenorm_jax.models.config import GPTConfig, ViTConfig
+from prenorm_jax.models.config import require
 from prenorm_jax.training.experiment import Data, Experiment
+from prenorm_jax.training.mixing import draw_mix
 
 Batch = dict[str, np.ndarray]
 
-FROM_FILES = {"image_folder": "prenorm_jax.training.image_folder", "text": "prenorm_jax.training.text"}
-"""Data sets of the user's own files, in modules of their own."""
+MODULES = {
+    "digits": "prenorm_jax.training.digits",
+    "stdlib": "prenorm_jax.training.standard_library",
+    "synthetic": "prenorm_jax.training.synthetic",
+    "image_folder": "prenorm_jax.training.image_folder",
+    "hugging_face": "prenorm_jax.training.hugging_face",
+    "array_record": "prenorm_jax.training.array_records",
+    "text": "prenorm_jax.training.text",
+}
+"""Where the data sets are: each module has a function load(data, model) -> Splits."""
 
 
 class DataError(RuntimeError):
@@ -32,11 +47,17 @@ class DataError(RuntimeError):
 
 
 class Examples(Protocol):
-    """A data set. `batch` takes indices (B,) from 0 to its length; `rng` draws the augmentation, None means none."""
+    """A data set that can be pickled, for the worker processes."""
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: np.ndarray, rng: np.random.Generator | None) -> Batch: ...
+    def draws(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """What the augmentation of `count` examples draws, (count, ...)."""
+        ...
+
+    def batch(self, indices: np.ndarray, draws: np.ndarray | None) -> Batch:
+        """The examples of indices (B,), each from 0 to the length; draws (B, ...) as above, None for no augmentation."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +70,8 @@ class Splits:
 
 def load(experiment: Experiment) -> Splits:
     """The data set that the experiment names. Raises DataError where a file can't be read."""
-    data, model = experiment.data, experiment.model
-    if data.name == "digits":
-        return digits()
-    if data.name == "stdlib":
-        assert isinstance(model, GPTConfig)
-        return stdlib(data.root or sysconfig.get_path("stdlib"), model.context)
-    if data.name in FROM_FILES:
-        return importlib.import_module(FROM_FILES[data.name]).load(data, model)
-    held_out = max(1, data.examples // 8)
-    return Splits(Synthetic(model, data.seed, 0, data.examples), Synthetic(model, data.seed, 1, held_out))
+    splits: Splits = importlib.import_module(MODULES[experiment.data.name]).load(experiment.data, experiment.model)
+    return splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +81,13 @@ class Missing:
     root: str
 
     def __len__(self) -> int:
-        raise DataError(f"{self.root}: nothing to train on; expected a folder with train and val in it")
+        raise DataError(f"{self.root}: nothing to train on; expected train and val in it")
 
-    def batch(self, indices: np.ndarray, rng: np.random.Generator | None) -> Batch:
+    def draws(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Never called."""
+        raise DataError(f"{self.root}: nothing to train on")
+
+    def batch(self, indices: np.ndarray, draws: np.ndarray | None) -> Batch:
         """Never called."""
         raise DataError(f"{self.root}: nothing to train on")
 
@@ -92,174 +109,153 @@ def sides(root: str, what: str) -> tuple[pathlib.Path | None, pathlib.Path]:
     return (found["train"][0], found["val"][0]) if any(found.values()) else (None, base)
 
 
-def train_batches(examples: Examples, data: Data, batch_size: int) -> grain.DatasetIterator:
-    """Endless batches; each pass has its own order. The iterator's `get_state` and `set_state` save and restore the
-    position."""
+class Batches(grain.DatasetIterator):
+    """Endless batches of numbered steps; the position is the number of the next one.
 
-    def draw(indices: np.ndarray, rng: np.random.Generator) -> Batch:
-        return _with_weights(examples.batch(indices, rng if data.augment else None))
+    The state is that number, and not what grain's iterators say of themselves: so a run may go on with other workers and threads, on
+    another number of processes, or with another version of grain.
+    """
 
+    def __init__(self, batches: grain.MapDataset, data: Data, examples: int) -> None:
+        super().__init__()
+        self._batches, self._data, self._examples = batches, data, examples
+        self._next, self._running = 0, None  # type: int, grain.DatasetIterator | None
+
+    def __next__(self) -> Batch:
+        if self._running is None:
+            self._running = iter(_read_ahead(self._batches[self._next :], self._data.threads, self._data.workers))
+        try:
+            batch: Batch = next(self._running)
+        except DataError:
+            raise
+        except RuntimeError as error:  # grain's, of a worker that is gone
+            text = str(error).partition("\n")[0]
+            raise DataError(
+                f"a process that reads ahead ended ({text}); perhaps memory: try fewer data.workers"
+            ) from error
+        self._next += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """{"batches": how many were taken, "examples": the length of the data set}."""
+        return {"batches": self._next, "examples": self._examples}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to where a state was taken. Raises: DataError where the data set had another length then."""
+        if state.keys() != {"batches", "examples"}:
+            raise DataError(f"the position in the data is not one of this version: it has {', '.join(state)}")
+        if state["examples"] != self._examples:
+            raise DataError(
+                f"config.data: {self._examples} training examples, and {state['examples']} when the checkpoint was written; "
+                "expected the same data (other data begins another --workdir)"
+            )
+        self.close()
+        self._next = state["batches"]
+
+    def close(self) -> None:
+        """Ends worker processes and threads; the next batch starts new ones."""
+        if self._running is not None:
+            self._running.close()
+        self._running = None
+
+
+def train_batches(
+    examples: Examples, data: Data, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Batches:
+    """Endless batches, each pass in its own order: of each batch of `batch_size` rows those that are this process's.
+
+    Raises: ConfigError where the batch can't be split so.
+    """
+    rows = _rows(batch_size, process_index, process_count, "train.batch_size")
+    distinct = -(-batch_size // data.repeats)
+    mixed = data.augment and (data.mixup > 0 or data.cutmix > 0)
+    pairs = not mixed or ((rows.stop - rows.start) % 2 == 0 and distinct > 1)
+    require(
+        pairs, "config.train.batch_size", batch_size, "an even number of rows in each process, to mix them in pairs"
+    )
+    make = functools.partial(_training_batch, examples, data, batch_size, rows, mixed)
     order = grain.MapDataset.range(len(examples)).seed(data.seed).shuffle().repeat()
-    batches = order.batch(batch_size).random_map(draw)
-    prefetch = 2 * data.threads
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=prefetch)))
+    return Batches(order.batch(distinct).random_map(make), data, len(examples))
 
 
-def eval_batches(examples: Examples, batch_size: int, limit: int = 0) -> Iterator[Batch]:
-    """One pass over the examples, or over `limit` of them, always the same ones. Every batch has `batch_size` rows."""
+def _training_batch(
+    examples: Examples,
+    data: Data,
+    batch_size: int,
+    rows: slice,
+    mixed: bool,
+    indices: np.ndarray,
+    rng: np.random.Generator,
+) -> Batch:
+    # One repeat after the other: neighbours, which are what is mixed, are different examples. The last may be cut off.
+    indices = np.tile(indices, data.repeats)[:batch_size]
+    draws = examples.draws(rng, len(indices))[rows] if data.augment else None
+    batch = _with_weights(examples.batch(indices[rows], draws))
+    if mixed:
+        batch["mix"] = np.repeat(draw_mix(rng, data.mixup, data.cutmix)[None], rows.stop - rows.start, axis=0)
+    return batch
+
+
+def eval_batches(
+    examples: Examples,
+    batch_size: int,
+    limit: int = 0,
+    data: Data | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """One pass over the examples, or over `limit` of them, always the same ones: this process's rows of batches of `batch_size` rows.
+
+    Args:
+      data: whose `threads` and `workers`, as so many threads, read ahead; None: nothing does.
+    """
+    rows = _rows(batch_size, process_index, process_count, "train.eval_batch_size")
     order = grain.MapDataset.range(len(examples))
     if 0 < limit < len(examples):
         order = order.shuffle(seed=0)[:limit]
-    batches = order.batch(batch_size)
-    return (_fill_up(_with_weights(examples.batch(batches[i], None)), batch_size) for i in range(len(batches)))
+    make = functools.partial(_evaluation_batch, examples, batch_size, rows)
+    # Threads alone: starting processes takes longer than most evaluations.
+    threads = data.threads * max(1, data.workers) if data else 0
+    return iter(_read_ahead(order.batch(batch_size).map(make), threads, 0))
+
+
+def _evaluation_batch(examples: Examples, batch_size: int, rows: slice, indices: np.ndarray) -> Batch:
+    mine = indices[rows]
+    # A process whose rows of the last batch are all missing still needs one of its shape.
+    batch = _with_weights(examples.batch(mine if len(mine) else indices[:1], None))
+    batch["weights"][len(mine) :] = 0
+    missing = rows.stop - rows.start - len(batch["weights"])
+    return {key: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for key, x in batch.items()}
+
+
+def _rows(batch_size: int, process_index: int, process_count: int, field: str) -> slice:
+    share, rest = divmod(batch_size, process_count)
+    require(rest == 0, f"config.{field}", batch_size, f"a multiple of the number of processes, {process_count}")
+    return slice(process_index * share, (process_index + 1) * share)
+
+
+def _read_ahead(batches: grain.MapDataset, threads: int, workers: int) -> grain.IterDataset:
+    # Of a worker a batch waits in each thread and one to be fetched; they are large where there are many.
+    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads if workers else 2 * threads)
+    if workers and not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads its own, which are absl's, and a program without absl never parses them
+    processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+    return batches.to_iter_dataset(reading).mp_prefetch(processes, worker_init_fn=_live_with_the_loop)
+
+
+def _live_with_the_loop(worker: int, workers: int) -> None:
+    """A worker's beginning: signals to the whole group are the loop's, which wants to finish its step, and no worker outlives the loop."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+
+    def end_with_the_loop() -> None:
+        loop = multiprocessing.parent_process()
+        assert loop is not None
+        loop.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_the_loop, daemon=True).start()
 
 
 def _with_weights(batch: Batch) -> Batch:
     return {**batch, "weights": np.ones(len(batch["targets"]), np.float32)}
-
-
-def _fill_up(batch: Batch, batch_size: int) -> Batch:
-    missing = batch_size - len(batch["weights"])
-    return {key: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for key, x in batch.items()}
-
-
-# --- scikit-learn's handwritten digits: 1,797 scans of 8x8 pixels, ten classes
-
-
-@dataclasses.dataclass(frozen=True)
-class Digits:
-    """images (N, 8, 8, 1), float32 from -1 (paper) to 1 (ink); labels (N,), int32.
-
-    Augmentation: a shift of up to one pixel each way.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batch(self, indices: np.ndarray, rng: np.random.Generator | None) -> Batch:
-        images = self.images[indices]
-        if rng is not None:
-            framed = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-1)
-            down, right = rng.integers(0, 3, size=(2, len(indices), 1)) + np.arange(8)
-            images = framed[np.arange(len(indices))[:, None, None], down[:, :, None], right[:, None, :]]
-        return {"inputs": images, "targets": self.labels[indices]}
-
-
-def digits(held_out_fraction: float = 0.2) -> Splits:
-    """A fixed stratified split: the same share of every class is held out, by a permutation that never changes."""
-    from sklearn.datasets import load_digits  # takes a second to import, and only this data set needs it
-
-    scans = load_digits()
-    images = (scans.images / 8 - 1).astype(np.float32)[..., None]
-    labels = scans.target.astype(np.int32)
-    order = np.random.Generator(np.random.PCG64(0)).permutation(len(labels))
-    held_out = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
-        held_out[members[: round(held_out_fraction * len(members))]] = True
-    return Splits(Digits(images[~held_out], labels[~held_out]), Digits(images[held_out], labels[held_out]))
-
-
-# --- the source of the Python standard library, as bytes
-
-# Tests, demos and what other packages installed are not the library.
-SKIPPED_FOLDERS = frozenset(
-    {"test", "tests", "idle_test", "idlelib", "turtledemo", "site-packages", "dist-packages", "_bundled", "__pycache__"}
-)
-HELD_OUT_SIXTEENTHS = 1  # of the files, by hash
-
-
-@dataclasses.dataclass(frozen=True)
-class Windows:
-    """tokens (N,) uint8 or int32, cut into windows of `context` inputs and the targets one further.
-
-    Augmentation: a window starts anywhere between its own start and the next one's.
-    """
-
-    tokens: np.ndarray
-    context: int
-
-    def __len__(self) -> int:
-        return max(0, len(self.tokens) - 1) // self.context
-
-    def batch(self, indices: np.ndarray, rng: np.random.Generator | None) -> Batch:
-        starts = indices * self.context
-        if rng is not None:
-            moved = starts + rng.integers(self.context, size=len(indices))
-            starts = np.minimum(moved, len(self.tokens) - self.context - 1)
-        windows = self.tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int32)
-        return {"inputs": windows[:, :-1], "targets": windows[:, 1:]}
-
-
-def stdlib(root: str, context: int) -> Splits:
-    """The .py files below `root`, in order of their path, joined by a zero byte (which no Python source contains).
-
-    A file is held out if the hash of its relative path says so: adding a file moves no other file to the other side.
-    Raises DataError, naming the file or folder, where it can't be read or where a side has less than one window.
-    """
-    base = pathlib.Path(root)
-    texts: dict[bool, list[bytes]] = {True: [], False: []}
-    for path in _python_files(base):
-        name = path.relative_to(base).as_posix()
-        try:
-            texts[is_held_out(name)].append(path.read_bytes())
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}") from error
-    train, held_out = (Windows(_join(texts[side]), context) for side in (False, True))
-    for side, windows in (("training", train), ("validation", held_out)):
-        if len(windows) < 1:
-            raise DataError(f"{root}: its .py files hold no {side} window of {context} + 1 bytes")
-    return Splits(train, held_out)
-
-
-def is_held_out(relative_path: str) -> bool:
-    """Whether a file of the standard library is for validation; depends on its relative path alone."""
-    return hashlib.sha256(relative_path.encode()).digest()[0] % 16 < HELD_OUT_SIXTEENTHS
-
-
-def _python_files(base: pathlib.Path) -> list[pathlib.Path]:
-    def refuse(error: OSError) -> None:
-        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
-
-    found: list[pathlib.Path] = []
-    for folder, folders, names in os.walk(base, onerror=refuse):
-        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
-        found += [pathlib.Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(found, key=lambda path: path.relative_to(base).as_posix())
-
-
-def _join(texts: list[bytes]) -> np.ndarray:
-    return np.frombuffer(b"\0".join(texts), np.uint8)
-
-
-# --- seeded noise, of the model's own shapes: for timing, there is nothing to learn in it
-
-
-class Synthetic:
-    """`examples` images or token windows, each of which begins one place further in one run of noise."""
-
-    def __init__(self, model: ViTConfig | GPTConfig, seed: int, split: int, examples: int) -> None:
-        noise = np.random.default_rng((seed, split))
-        self.examples = examples
-        if isinstance(model, ViTConfig):
-            self.shape: tuple[int, ...] = (model.image_size, model.image_size, model.channels)
-            self.noise: np.ndarray = noise.uniform(-1, 1, size=int(np.prod(self.shape)) + examples).astype(np.float32)
-            self.labels: np.ndarray | None = noise.integers(model.classes, size=examples, dtype=np.int32)
-        else:
-            self.shape, self.labels = (model.context,), None
-            self.noise = noise.integers(model.vocab_size, size=model.context + examples, dtype=np.int32)
-
-    def __len__(self) -> int:
-        return self.examples
-
-    def batch(self, indices: np.ndarray, rng: np.random.Generator | None) -> Batch:
-        size = int(np.prod(self.shape))
-
-        def windows(starts: np.ndarray) -> np.ndarray:
-            return np.stack([self.noise[start : start + size] for start in starts]).reshape(-1, *self.shape)
-
-        targets = windows(indices + 1) if self.labels is None else self.labels[indices]
-        return {"inputs": windows(indices), "targets": targets}

@@ -1,4 +1,4 @@
-"""What training and evaluation begin with: random parameters, or those of an imported checkpoint."""
+"""What training and evaluation begin with: random parameters, those of an imported checkpoint, or those of another run."""
 
 import dataclasses
 import pathlib
@@ -11,6 +11,7 @@ from prenorm_jax.interop import stored
 from prenorm_jax.interop.tensors import FormatError
 from prenorm_jax.main_branch import LayoutError
 from prenorm_jax.models.config import ConfigError
+from prenorm_jax.training import charts, checkpoints
 from prenorm_jax.training.experiment import Experiment, differences
 from prenorm_jax.training.step import Params
 
@@ -25,6 +26,7 @@ FREE = (
     "scan_layers",
     "unroll",
     "remat",
+    "remat_saves",
     "vocab_multiple",
 )
 
@@ -32,13 +34,17 @@ FREE = (
 def initial_params(experiment: Experiment) -> Params:
     """The parameters that a run begins with, in experiment.train.coordinates and model.param_dtype.
 
-    Raises: ConfigError where train.init_from is no import, or one of another model.
+    Raises: ConfigError where train.init_from is neither an import nor a run's workdir, or of another model, or has no equal in these
+      coordinates.
     """
     model, settings = experiment.model, experiment.train
     if not settings.init_from:
         return models.init(model, settings.seed, settings.coordinates)
+    workdir = pathlib.Path(settings.init_from)
+    if checkpoints.folder(workdir).is_dir():
+        return _of_run(experiment, workdir)
     try:
-        imported = stored.load(pathlib.Path(settings.init_from)).imported
+        imported = stored.load(workdir).imported
     except (FormatError, LayoutError, OSError) as error:
         raise ConfigError(f"config.train.init_from: {error}") from None
     there, here = (
@@ -58,3 +64,14 @@ def initial_params(experiment: Experiment) -> Params:
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, model.param_dtype), imported.params)
     params = models.stack_layers(params) if model.scan_layers else params
     return models.native(params, model) if settings.coordinates == "native" else params
+
+
+def _of_run(experiment: Experiment, workdir: pathlib.Path) -> Params:
+    """Those of a run's newest checkpoint, mapped. Its data and the rest of its experiment are its own affair."""
+    try:
+        then = checkpoints.load(workdir).experiment
+        charts.refuse_other_model(then.model, experiment.model)
+        params = checkpoints.load(workdir, into=experiment).params
+    except (ConfigError, FileNotFoundError) as error:
+        raise ConfigError(f"config.train.init_from: {error}") from None
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, experiment.model.param_dtype), params)

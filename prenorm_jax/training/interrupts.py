@@ -1,9 +1,16 @@
-"""SIGINT and SIGTERM between steps: a KeyboardInterrupt anywhere else could tear a save apart, or be swallowed by a callback."""
+"""SIGINT and SIGTERM between steps: a KeyboardInterrupt anywhere else could tear a save apart, or be swallowed by a callback.
+
+Where a run is several processes, all of them have to stop behind the same step, whichever of them the signal reached. JAX's preemption
+service (a notice through the coordinator, and the first step that none has begun yet) agrees on that step; its own handler has SIGTERM.
+"""
 
 import signal
 import threading
 import types
 from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
 
 
 class Interrupted(Exception):
@@ -15,18 +22,18 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """While it is entered, the first signal is only noted, in `received`; a second one acts as if this were not there."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    """While it is entered, the first signal is only noted; a second one acts as if this were not there."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
+        self._several = jax.process_count() > 1
 
     def __enter__(self) -> "Interrupts":
         # Python delivers signals to the main thread alone, and lets no other thread ask for them.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+            noted = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
+            self._before = {number: signal.signal(number, self._note) for number in noted}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -34,6 +41,15 @@ class Interrupts:
             signal.signal(number, handler)
         self._before = {}
 
+    def stop_behind(self, step: int) -> int | None:
+        """The signal because of which the run is to stop behind `step`, the same in all of its processes, or None. To be asked at every
+        step: several processes count them."""
+        if not self._several:
+            return self.received
+        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         self.received = number
         self.__exit__()
+        if self._several:  # hand it to the service
+            signal.raise_signal(signal.SIGTERM)

@@ -1,9 +1,8 @@
-"""The one training loop: resume, train, evaluate, checkpoint, and the picture at the end."""
+"""The one training loop: resume, train, evaluate, checkpoint, and the summary at the end."""
 
 import contextlib
 import json
 import pathlib
-import time
 from typing import Any
 
 import grain
@@ -13,51 +12,81 @@ import rich.console
 
 from prenorm_jax import models
 from prenorm_jax.models.config import require
-from prenorm_jax.training import checkpoints, data, metrics
+from prenorm_jax.training import boards, checkpoints, data, metrics, saving, sharding, summary
+from prenorm_jax.training.disk import full_disks_told
 from prenorm_jax.training.experiment import Experiment, as_tree
+from prenorm_jax.training.guards import Guard
 from prenorm_jax.training.initial import initial_params
 from prenorm_jax.training.interrupts import Interrupted, Interrupts
+from prenorm_jax.training.lock import locked
+from prenorm_jax.training.log import Log
+from prenorm_jax.training.lost import lost_processes_told
 from prenorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from prenorm_jax.training.step import Params, State, init_state, make_eval_step, make_train_step
+from prenorm_jax.training.profile import Profile
+from prenorm_jax.training.step import (
+    Params,
+    State,
+    abstract_state,
+    init_state,
+    judged_params,
+    make_eval_step,
+    make_train_step,
+)
 from prenorm_jax.training.tasks import Task, task_of
 
 
 def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.Console | None = None) -> Params:
     """Trains from the workdir's newest checkpoint, or from the start, up to experiment.train.steps.
 
-    Writes into `workdir`: config.json, metrics.jsonl, tensorboard/, checkpoints/ and loss.png. Evaluates on the
-    held-out examples every eval_every steps and after the last one. On one platform the same experiment gives the
-    same bits, however often it was interrupted.
+    Writes into `workdir`: config.json, metrics.jsonl, tensorboard/, checkpoints/, lock, and at the end summary.json,
+    summary.md and curves.png; where asked for profile/ and wandb's files. Evaluates on the held-out examples every
+    eval_every steps and after the last one. On one platform the same experiment gives the same bits, however often it
+    was interrupted. Of several processes, all call this with the same arguments; the first one writes.
 
-    Returns: the trained parameters, in experiment.train.coordinates.
+    Returns: the trained parameters, or their moving average where one is kept, in experiment.train.coordinates.
     Raises:
-      ConfigError: the workdir holds another model's checkpoint, or the model is `no_norm`. Nothing is written.
-      DataError: the data can't be read. Nothing is written.
-      FloatingPointError: the loss is not finite.
+      ConfigError: the workdir holds another model's checkpoint, or one in other coordinates; another process uses it;
+        the model is `no_norm`; a library that was asked for is missing. Nothing is written.
+      DataError: the data can't be read. Where it could not from the start, nothing is written.
+      NotFinite: a loss or a gradient is not finite, and no more steps may be skipped.
+      ProcessLost: another process of the run is gone.
+      DiskFull: there is no space left; what was complete is kept.
       Interrupted: SIGINT or SIGTERM; the step under way was finished and saved.
     """
-    console = console or rich.console.Console()
+    first = jax.process_index() == 0
+    console = console or rich.console.Console(quiet=not first)
     require(
         experiment.model.norm != "no_norm", "config.model.norm", "no_norm", "a norm: no_norm is a control for timing"
     )
+    boards.require_libraries(experiment)
     changed = checkpoints.refuse_other_model(workdir, experiment)
     splits = data.load(experiment)
     run = _Run(experiment, splits)
-    workdir.mkdir(parents=True, exist_ok=True)
 
-    with contextlib.ExitStack() as stack:
-        saved = stack.enter_context(checkpoints.Checkpoints(workdir, experiment))
-        batches = data.train_batches(splits.train, experiment.data, experiment.train.batch_size)
-        state = saved.restore(run.initial_state(), batches)
-        start = int(state.step)
-        _announce(console, experiment, workdir, state, splits, changed)
-        (workdir / "config.json").write_text(json.dumps(as_tree(experiment), indent=2) + "\n")
-        written = stack.enter_context(metrics.Metrics(workdir, start))
-        progress = stack.enter_context(metrics.Progress(console, start, experiment.train.steps))
+    with lost_processes_told(), full_disks_told(workdir), contextlib.ExitStack() as stack:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if first:
+            stack.enter_context(locked(workdir))
+        saved = stack.enter_context(saving.Checkpoints(workdir, experiment))
+        share = sharding.share(run.mesh)
+        batches = data.train_batches(splits.train, experiment.data, experiment.train.batch_size, *share)
+        stack.callback(batches.close)
+        restored = saved.restore(run.initial_state(), batches)
+        start, settings = int(restored.state.step), experiment.train
+        _announce(console, experiment, workdir, restored, splits, changed)
+        if first:
+            (workdir / "config.json").write_text(json.dumps(as_tree(experiment), indent=2) + "\n")
+        rows = metrics.Metrics(workdir, start, experiment) if first else metrics.Nowhere()
+        written = stack.enter_context(rows)
+        progress = stack.enter_context(metrics.Progress(console, start, settings.steps))
+        guard = Guard(settings.skip_nonfinite, restored.skipped)
+        log = Log(experiment, run.learning_rates, guard, written, progress, run.mesh.devices.flat)
+        profile = stack.enter_context(contextlib.closing(Profile(workdir, settings.profile)))
         interrupts = stack.enter_context(Interrupts())
-        state = run.steps(state, batches, saved, written, progress, interrupts)
-    metrics.draw(metrics.read(workdir), workdir / "loss.png", f"{experiment.data.name}, {experiment.model.norm}")
-    return state.params
+        state = run.steps(restored.state, batches, saved, log, guard, profile, interrupts)
+        if first:
+            summary.write(workdir, experiment)
+    return judged_params(state)
 
 
 class _Run:
@@ -67,145 +96,120 @@ class _Run:
         model, settings = experiment.model, experiment.train
         self.experiment, self.splits = experiment, splits
         self.task: Task = task_of(experiment)
+        self.mesh = sharding.mesh_of(experiment)
         self.tx = make_optimizer(experiment.optimizer, settings.steps)
         self.train_step = make_train_step(
-            model, self.task, self.tx, coordinates=settings.coordinates, accumulate=settings.accumulate
+            model,
+            self.task,
+            self.tx,
+            coordinates=settings.coordinates,
+            accumulate=settings.accumulate,
+            mesh=self.mesh,
+            stochastic_depth=settings.stochastic_depth,
+            seed=settings.seed,
         )
-        self.eval_step = make_eval_step(model, self.task)
+        self.eval_step = make_eval_step(model, self.task, self.mesh)
         self.running = jax.jit(lambda params: models.running(params, model, settings.coordinates))
         # All at once: a schedule asked step by step would queue its arithmetic behind the training step on the device.
         schedule = learning_rate_schedule(experiment.optimizer, settings.steps)
         self.learning_rates = np.asarray(jax.vmap(schedule)(np.arange(settings.steps)))
 
     def initial_state(self) -> State:
-        return init_state(initial_params(self.experiment), self.tx)
+        """The state before the first step, each leaf made where the mesh has it."""
+        experiment = self.experiment
+        expected = abstract_state(experiment.model, self.tx, experiment.train.coordinates)
+        places = sharding.state_shardings(expected, experiment.model, self.tx, self.mesh)
+        if not experiment.train.init_from:
+            return jax.jit(lambda: init_state(initial_params(experiment), self.tx), out_shardings=places)()
+        params = jax.device_put(initial_params(experiment), places.params)
+        return jax.jit(lambda params: init_state(params, self.tx), out_shardings=places)(params)
 
     def steps(
         self,
         state: State,
         batches: grain.DatasetIterator,
-        saved: checkpoints.Checkpoints,
-        written: metrics.Metrics,
-        progress: metrics.Progress,
+        saved: saving.Checkpoints,
+        log: Log,
+        guard: Guard,
+        profile: Profile,
         interrupts: Interrupts,
     ) -> State:
         settings = self.experiment.train
-        log = _Log(self, written, progress)
         for step in range(int(state.step) + 1, settings.steps + 1):
-            state, values = self.train_step(state, next(batches))
+            batch = sharding.whole_batch(next(batches), self.mesh)
+            with profile.step(step):
+                state, values = self.train_step(state, batch)
             log.dispatched(step, values)
-            evaluating = _due(step, settings.eval_every, settings.steps)
-            stopping = interrupts.received
-            saving = stopping is not None or _due(step, settings.checkpoint_every, settings.steps)
-            if evaluating or saving:
-                # The rows up to this step are on disk before its checkpoint is: resuming there must not lose one.
-                log.drain()
-            if evaluating:
-                held_out = self.evaluate(state.params)
-                written.write("eval", step, held_out)
-                text = "  ".join(f"{name} {value:.4g}" for name, value in held_out.items())
-                progress.say(f"step {step}/{settings.steps}  held out: {text}")
+            log.say(profile.dispatched(step, values))
+            saved.check()
+            stopping = interrupts.stop_behind(step)
+            saving = stopping is not None or settings.due(step, settings.checkpoint_every)
+            evaluating = settings.due(step, settings.eval_every) or (
+                saving and stopping is None and settings.keep_best > 0
+            )
+            if not (evaluating or saving):
+                continue
+            # The rows up to this step are on disk before its checkpoint is: resuming there must not lose one.
+            log.drain()
+            held_out = self.evaluate(judged_params(state)) if evaluating else None
+            if held_out is not None:
+                log.evaluated(step, held_out)
             if saving:
-                saved.save(state, batches)
+                saved.save(state, batches, guard.skipped, held_out)
             if stopping is not None and step < settings.steps:
                 raise Interrupted(step, stopping)
-            if evaluating or saving:
-                log.restart_clock()
+            log.restart_clock()
         return state
 
     def evaluate(self, params: Params) -> dict[str, float]:
         """The task's summary over the held-out examples (or the first eval_examples of them, in a fixed order)."""
-        return evaluate(self.experiment, self.splits.held_out, self.running(params), self.eval_step)
+        return evaluate(self.experiment, self.splits.held_out, self.running(params), self.eval_step, self.mesh)
 
 
 def evaluate(
-    experiment: Experiment, held_out: data.Examples, running: Params, eval_step: Any = None
+    experiment: Experiment,
+    held_out: data.Examples,
+    running: Params,
+    eval_step: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float]:
     """Means over the held-out examples, summed up in float64, of `running` parameters (what `models.running` returns).
 
     Args:
       eval_step: `make_eval_step(experiment.model, task)`; made here where it is not given.
+      mesh: what `running` lies on; each process reads its share of the examples.
     """
     settings, task = experiment.train, task_of(experiment)
     eval_step = eval_step or make_eval_step(experiment.model, task)
-    batches = data.eval_batches(held_out, settings.eval_batch_size, settings.eval_examples)
-    sums = [jax.device_get(eval_step(running, batch)) for batch in batches]
+    share = sharding.share(mesh) if mesh else (0, 1)
+    batches = data.eval_batches(held_out, settings.eval_batch_size, settings.eval_examples, experiment.data, *share)
+    placed = (sharding.whole_batch(batch, mesh) if mesh else batch for batch in batches)
+    sums = [jax.device_get(eval_step(running, batch)) for batch in placed]
     totals = {name: float(np.sum([part[name] for part in sums], dtype=np.float64)) for name in sums[0]}
     weight = totals.pop("weight")
     return task.summary({name: total / weight for name, total in totals.items()})
-
-
-class _Log:
-    """Rows of training steps. A step's values are fetched once the next step is dispatched, so that the device never
-    waits."""
-
-    def __init__(self, run: _Run, written: metrics.Metrics, progress: metrics.Progress) -> None:
-        self.run, self.written, self.progress = run, written, progress
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        self.since, self.counted = time.perf_counter(), 0
-
-    def dispatched(self, step: int, values: dict[str, jax.Array]) -> None:
-        pending, self.pending = self.pending, (step, values)
-        if pending:
-            self.fetch(*pending)
-
-    def drain(self) -> None:
-        if self.pending:
-            self.fetch(*self.pending)
-        self.pending = None
-
-    def fetch(self, step: int, values: dict[str, jax.Array]) -> None:
-        settings = self.run.experiment.train
-        fetched = {name: float(value) for name, value in jax.device_get(values).items()}
-        if not np.isfinite(fetched["loss"]):
-            raise FloatingPointError(f"the loss of step {step} is {fetched['loss']}; checkpoints before it are kept")
-        self.counted += 1
-        if not _due(step, settings.log_every, settings.steps):
-            return
-        seconds = (time.perf_counter() - self.since) / self.counted
-        row = {
-            **fetched,
-            "learning_rate": float(self.run.learning_rates[step - 1]),
-            "step_seconds": seconds,
-            **_throughput(self.run.experiment, seconds),
-        }
-        self.written.write("train", step, row)
-        self.progress.train(step, row)
-        self.restart_clock()
-
-
-def _due(step: int, every: int, steps: int) -> bool:
-    return step == steps or (every > 0 and step % every == 0)
-
-
-def _throughput(experiment: Experiment, seconds: float) -> dict[str, float]:
-    examples = experiment.train.batch_size / seconds
-    if experiment.task == "language_modelling":
-        return {"tokens_per_second": examples * experiment.model.context}  # type: ignore[union-attr]
-    return {"images_per_second": examples}
 
 
 def _announce(
     console: rich.console.Console,
     experiment: Experiment,
     workdir: pathlib.Path,
-    state: State,
+    restored: saving.Restored,
     splits: data.Splits,
     changed: list[str],
 ) -> None:
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    model, step, steps = experiment.model, int(state.step), experiment.train.steps
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    model, step, steps = experiment.model, int(restored.state.step), experiment.train.steps
+    count = sum(leaf.size for leaf in jax.tree.leaves(restored.state.params))
     say(
         f"{experiment.data.name}: {len(splits.train)} training and {len(splits.held_out)} held-out examples; "
         f"{model.norm}, width {model.width}, depth {model.depth}: {count:,} parameters in "
         f"{experiment.train.coordinates} coordinates"
     )
+    for note in restored.notes:
+        say(note)
     if step >= steps:
         say(f"{workdir} holds a finished run ({step} steps)")
     elif step:

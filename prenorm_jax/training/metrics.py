@@ -1,4 +1,4 @@
-"""What a run says of itself: rows of metrics.jsonl, TensorBoard scalars, a progress bar, and the picture of the loss.
+"""What a run says of itself while it runs: rows of metrics.jsonl, and the same for TensorBoard and Weights & Biases; lines, and a bar.
 
 metrics.jsonl is the record: one JSON object a line, {"kind": "train" or "eval", "step": ..., ...}. A resumed run
 drops the rows beyond the step it resumes from, so that every step stands there once.
@@ -8,39 +8,54 @@ import json
 import os
 import pathlib
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import rich.console
 import rich.progress
-import tensorboardX
-from matplotlib.figure import Figure
+
+from prenorm_jax.training import boards
+from prenorm_jax.training.experiment import Experiment
 
 Row = dict[str, Any]
 
 
 class Metrics:
-    """Writes rows to workdir/metrics.jsonl and workdir/tensorboard; a context manager."""
+    """Writes rows to workdir/metrics.jsonl, workdir/tensorboard and where else the experiment says; a context manager."""
 
-    def __init__(self, workdir: pathlib.Path, step: int) -> None:
+    def __init__(self, workdir: pathlib.Path, step: int, experiment: Experiment) -> None:
         """Keeps the rows up to `step`, the step from which the run goes on."""
-        self._path = workdir / "metrics.jsonl"
-        _keep_up_to(self._path, step)
-        self._lines = self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        path = workdir / "metrics.jsonl"
+        _keep_up_to(path, step)
+        self._lines = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._boards = boards.of(workdir, step, experiment)
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._lines.close()
-        self._board.close()
+        os.close(self._lines)
+        for board in self._boards:
+            board.close()
 
-    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Adds one row; it has reached the operating system when this returns, so that a killed process loses none."""
-        self._lines.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._lines.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        _append(self._lines, json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        for board in self._boards:
+            board.write(kind, step, values)
+
+
+class Nowhere(Metrics):
+    """What a process writes that is not the first of its run: nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Writes nothing."""
 
 
 def read(workdir: pathlib.Path) -> list[Row]:
@@ -55,6 +70,18 @@ def read(workdir: pathlib.Path) -> list[Row]:
         except json.JSONDecodeError:
             break  # a process killed inside a write leaves half a line, always the last one
     return rows
+
+
+def _append(file: int, line: str) -> None:
+    """All of the line, or, where the disk is full in the middle of it, nothing."""
+    data, end = line.encode(), os.fstat(file).st_size
+    written = 0
+    try:
+        while written < len(data):
+            written += os.write(file, data[written:])
+    except OSError:
+        os.ftruncate(file, end)
+        raise
 
 
 def _keep_up_to(path: pathlib.Path, step: int) -> None:
@@ -74,7 +101,6 @@ class Progress:
             rich.progress.TextColumn("step"),
             rich.progress.MofNCompleteColumn(),
             rich.progress.BarColumn(),
-            rich.progress.TimeRemainingColumn(),
             rich.progress.TextColumn("{task.description}"),
             console=console,
             disable=not console.is_terminal,
@@ -90,9 +116,9 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
-    def train(self, step: int, values: dict[str, float]) -> None:
+    def train(self, step: int, values: Mapping[str, float]) -> None:
         """Shows a logged step."""
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        text = line(values, self._steps - step)
         self._bar.update(self._task, completed=step, description=text)
         if not self._console.is_terminal:
             self.say(f"step {step}/{self._steps}  {text}")
@@ -102,27 +128,26 @@ class Progress:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def draw(rows: list[Row], path: pathlib.Path, title: str) -> None:
-    """The loss of a run over its steps, training and held-out, and the accuracy where there is one, as a PNG."""
-    train = [row for row in rows if row["kind"] == "train"]
-    evals = [row for row in rows if row["kind"] == "eval"]
-    scored = any("accuracy" in row for row in evals)
-    figure = Figure(figsize=(10 if scored else 6, 4), layout="constrained")
-    panels = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
-    for panel, name in zip(panels, ("loss", "accuracy"), strict=False):
-        panel.plot(
-            [row["step"] for row in train],
-            [row[name] for row in train],
-            color="tab:blue",
-            alpha=0.5,
-            label="training batch",
-        )
-        panel.plot(
-            [row["step"] for row in evals], [row[name] for row in evals], "o-", color="tab:orange", label="held out"
-        )
-        panel.set(xlabel="step", ylabel="loss (nats)" if name == "loss" else name)
-        panel.grid(alpha=0.3)
-        panel.legend()
-    panels[0].set_yscale("log")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+# Of a row's values, how each is called and written; in this order.
+WORDS: dict[str, str] = {
+    "loss": "loss {:.4f}",
+    "accuracy": "accuracy {:.4f}",
+    "learning_rate": "lr {:.3g}",
+    "grad_norm": "gradient norm {:.3g}",
+    "main_branch_mean": "main-branch mean {:.1e}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "images_per_second": "{:,.0f} images/s",
+    "mfu": "MFU {:.1%}",
+}
+
+
+def line(values: Mapping[str, float], steps_left: int) -> str:
+    """A row as people read it, with the time that is left at its pace.
+
+    >>> line({"loss": 2.5, "learning_rate": 1e-3, "step_seconds": 0.5, "tokens_per_second": 12345.6}, 7300)
+    'loss 2.5000  lr 0.001  12,346 tokens/s  1:00:50 left'
+    """
+    parts = [words.format(values[name]) for name, words in WORDS.items() if name in values]
+    minutes, seconds = divmod(round(steps_left * values["step_seconds"]), 60)
+    hours, minutes = divmod(minutes, 60)
+    return "  ".join([*parts, f"{hours}:{minutes:02}:{seconds:02} left"])

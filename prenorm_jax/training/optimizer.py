@@ -1,4 +1,4 @@
-"""AdamW behind clipping, with the learning-rate schedule and the mask that says which leaves decay.
+"""AdamW or LAMB behind clipping, with the learning-rate schedule, the mask of the leaves that decay, and a moving average of the weights.
 
 Accumulation of micro-batches is not the optimizer's: the step adds their gradients up (step.py), so that clipping and
 AdamW see the gradient of the whole batch and the optimizer's state is the same whatever `accumulate` is.
@@ -7,7 +7,7 @@ holds, and map Pre-LN parameters to the variant's once a micro-batch.
 """
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -24,20 +24,43 @@ DECAY_RULES: tuple[tuple[str, bool], ...] = (
 
 
 def make_optimizer(optimizer: Optimizer, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW with decoupled decay on the leaves that `decay_mask` marks."""
+    """Clip by global norm, then AdamW or LAMB with decoupled decay on the leaves that `decay_mask` marks; its state holds the average."""
     # Both branches keep an empty state, so that a checkpoint can be resumed with another clip_norm.
     clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm > 0 else optax.identity()
+    schedule = learning_rate_schedule(optimizer, steps)
+    adam = {"b1": optimizer.b1, "b2": optimizer.b2, "eps": optimizer.eps}
+    if optimizer.name == "adamw":
+        steps_of = [optax.adamw(schedule, **adam, weight_decay=optimizer.weight_decay, mask=decay_mask)]
+    else:
+        # Adam's step, made as long as the leaf. Leaves without decay keep Adam's, as in Apex's FusedLAMB and not as in optax.lamb.
+        steps_of = [
+            optax.scale_by_adam(**adam),
+            optax.add_decayed_weights(optimizer.weight_decay, decay_mask),
+            optax.masked(optax.scale_by_trust_ratio(), decay_mask),
+            optax.scale_by_learning_rate(schedule),
+        ]
     return optax.chain(
         clip,
-        optax.adamw(
-            learning_rate_schedule(optimizer, steps),
-            b1=optimizer.b1,
-            b2=optimizer.b2,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            mask=decay_mask,
-        ),
+        *steps_of,
+        *([_averaging(optimizer.average)] if optimizer.average else []),
     )
+
+
+class Average(NamedTuple):
+    """The optimizer's state that holds the moving average of the parameters, shaped like them."""
+
+    average: Any
+
+
+def _averaging(decay: float) -> optax.GradientTransformation:
+    """Leaves updates as they are, and averages what the parameters become with them. It has to be the last of a chain."""
+
+    def update(updates: Any, state: Average, params: Any = None) -> tuple[Any, Average]:
+        new = optax.apply_updates(params, updates)
+        return updates, Average(jax.tree.map(lambda mean, x: mean + (1 - decay) * (x - mean), state.average, new))
+
+    # A copy: the state must not hold the very arrays that are donated as parameters.
+    return optax.GradientTransformation(lambda params: Average(jax.tree.map(lambda x: x.copy(), params)), update)
 
 
 def learning_rate_schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:

@@ -9,15 +9,16 @@ once: the cost of h does not depend on the batch, on its length or on how often 
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from prenorm_jax import models
+from prenorm_jax import models, placement
 from prenorm_jax.models.config import GPTConfig, ViTConfig
+from prenorm_jax.training import guards, sharding
 from prenorm_jax.training.tasks import Task, without_smoothing
 
 Params = Any
@@ -64,6 +65,17 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> State:
     return State(params, tx.init(params), jnp.zeros((), jnp.int32))
 
 
+def abstract_state(model: ViTConfig | GPTConfig, tx: optax.GradientTransformation, coordinates: str) -> State:
+    """Shapes and dtypes of a state; allocates nothing."""
+    return jax.eval_shape(lambda: init_state(models.init(model, 0, coordinates), tx))
+
+
+def judged_params(state: State) -> Params:
+    """What a state is judged by: the moving average of its parameters where the optimizer keeps one, else they themselves."""
+    average = optax.tree.get(state.opt_state, "average", None)
+    return state.params if average is None else average
+
+
 def make_train_step(
     model: ViTConfig | GPTConfig,
     task: Task,
@@ -71,25 +83,50 @@ def make_train_step(
     *,
     coordinates: str = "pre_ln",
     accumulate: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
+    stochastic_depth: float = 0.0,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
     """A jitted (state, batch) -> (state, metrics); the state is donated.
 
     batch: "inputs" (B, ...), "targets" (B, ...), "weights" (B,) with B a multiple of `accumulate`. The loss is the
-    weighted mean over the batch whatever `accumulate` is. metrics: the task's values as weighted means, and
-    "grad_norm" before clipping, each ().
+    weighted mean over the batch whatever `accumulate` and the mesh are. metrics: the task's values as weighted means, "grad_norm"
+    before clipping, "main_branch_mean" (see there) where the variant's main branch can have one, and "finite": whether the
+    loss and the gradient are. Where they are not, parameters and optimizer stay as they were. Each ().
+
+    Args:
+      mesh: what the state and the batch lie on (sharding.state_shardings, sharding.batch_sharding); None: on one device.
+      stochastic_depth: the rate at which samples skip branches, the same ones whatever `accumulate`, the mesh and the variant are: they
+        follow from `seed` and the step.
+      options: of XLA, beside those of `compiler_options`.
     """
 
     def weighted_values(running: Params, batch: dict[str, jax.Array], total: jax.Array) -> tuple[jax.Array, Metrics]:
-        logits, _ = models.apply(model, running, batch["inputs"])
+        scales = batch.get("branch_scales")
+        logits, intermediates = models.apply(model, running, batch["inputs"], branch_scales=scales)
         shares = batch["weights"] / total
         with jax.named_scope("loss"):
             values = {name: (value * shares).sum() for name, value in task.judge(logits, batch["targets"]).items()}
+        if model.norm != "pre_crmsnorm":
+            values["main_branch_mean"] = (main_branch_mean(intermediates["last"]) * shares).sum()
         return values["loss"], values
 
+    @jax.named_scope("weight_map")
+    def to_running(params: Params) -> Params:
+        running = models.running(params, model, coordinates)
+        if mesh is None:
+            return running
+        # Split as they are stored: what is mapped, and in the backward pass its gradient, stays a share.
+        return jax.lax.with_sharding_constraint(running, sharding.param_shardings(running, model, mesh))
+
     def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
-        running, pull_back = jax.vjp(
-            jax.named_scope("weight_map")(lambda params: models.running(params, model, coordinates)), state.params
-        )
+        running, pull_back = jax.vjp(to_running, state.params)
+        batch = task.prepare(batch)
+        if stochastic_depth:
+            key = jax.random.fold_in(jax.random.key(seed), state.step)
+            scales = models.draw_branch_scales(key, len(batch["weights"]), model.depth, stochastic_depth)
+            batch = {**batch, "branch_scales": scales}
         total = batch["weights"].sum()
         gradient = jax.grad(weighted_values, has_aux=True)
         if accumulate == 1:
@@ -102,12 +139,44 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        return State(params, opt_state, state.step + 1), {**metrics, "grad_norm": optax.tree.norm(grads)}
+            norm = optax.tree.norm(grads)
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+            params, opt_state = guards.keep_where(finite, (params, opt_state), (state.params, state.opt_state))
+        return State(params, opt_state, state.step + 1), {**metrics, "grad_norm": norm, "finite": finite}
 
-    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
+    if mesh is None:
+        return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options() | dict(options or {}))
+
+    def train_step_on_mesh(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
+        with placement.within(mesh):
+            return train_step(state, batch)
+
+    places = sharding.state_shardings(abstract_state(model, tx, coordinates), model, tx, mesh)
+    return jax.jit(
+        train_step_on_mesh,
+        donate_argnums=0,
+        in_shardings=(places, sharding.batch_sharding(mesh)),
+        out_shardings=(places, sharding.everywhere(mesh)),
+        compiler_options=compiler_options() | dict(options or {}),
+    )
 
 
-def make_eval_step(model: ViTConfig | GPTConfig, task: Task) -> Callable[[Params, dict[str, jax.Array]], Metrics]:
+def main_branch_mean(x: jax.Array) -> jax.Array:
+    """(B, L, R) main branch -> (B,) float32: |mean| / root mean square over the lanes of a token, mean over the tokens.
+
+    Zero where the main branch is centered; what a LayerNorm has to remove, and what low precision loses digits to.
+
+    >>> main_branch_mean(jnp.array([[[1.0, -1.0], [2.0, 2.0]]])).tolist()
+    [0.5]
+    """
+    wide = x.astype(jnp.float32)
+    square = jnp.square(wide).mean(-1)
+    return (jnp.abs(wide.mean(-1)) * jax.lax.rsqrt(square + jnp.finfo(jnp.float32).tiny)).mean(-1)
+
+
+def make_eval_step(
+    model: ViTConfig | GPTConfig, task: Task, mesh: jax.sharding.Mesh | None = None
+) -> Callable[[Params, dict[str, jax.Array]], Metrics]:
     """A jitted (running parameters, batch) -> sums over the batch, each ().
 
     The sums are of the task's values without label smoothing, times the weights, and of the weights ("weight"). Running
@@ -116,16 +185,22 @@ def make_eval_step(model: ViTConfig | GPTConfig, task: Task) -> Callable[[Params
     task = without_smoothing(task)
 
     def eval_step(running: Params, batch: dict[str, jax.Array]) -> Metrics:
-        logits, _ = models.apply(model, running, batch["inputs"])
+        batch = task.prepare(batch)
+        with placement.within(mesh):
+            logits, _ = models.apply(model, running, batch["inputs"])
         weights = batch["weights"]
         values = task.judge(logits, batch["targets"])
         return {**{name: (value * weights).sum() for name, value in values.items()}, "weight": weights.sum()}
 
-    return jax.jit(eval_step, compiler_options=compiler_options())
+    placed: Any = {"out_shardings": sharding.everywhere(mesh)} if mesh else {}
+    return jax.jit(eval_step, compiler_options=compiler_options(), **placed)
 
 
 def _split(batch: dict[str, jax.Array], accumulate: int) -> dict[str, jax.Array]:
-    return {key: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]) for key, x in batch.items()}
+    # Every accumulate-th example: so a device finds its examples of each micro-batch among those that it has.
+    return {
+        key: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1) for key, x in batch.items()
+    }
 
 
 def _sum_over_micro_batches(gradient: Callable[[Any], Any], micro_batches: dict[str, jax.Array]) -> Any:

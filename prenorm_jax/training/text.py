@@ -1,7 +1,7 @@
 """A text, or its token ids, cut into windows of a GPT's context.
 
 A text is read with the tokenizer.json of the checkpoint (the library `tokenizers`); token ids are a .npy file of integers, or a .bin
-file of unsigned 16-bit ones, as nanoGPT writes them.
+file (training/token_files.py). A large text is better prepared once: `python -m prenorm_jax.training.prepare`.
 """
 
 import importlib
@@ -11,8 +11,13 @@ from typing import Any
 import numpy as np
 
 from prenorm_jax.models.config import GPTConfig, ViTConfig
-from prenorm_jax.training.data import DataError, Missing, Splits, Windows, sides
+from prenorm_jax.training.data import DataError, Missing, Splits, sides
 from prenorm_jax.training.experiment import Data
+from prenorm_jax.training.token_files import TokenFile, open_tokens
+from prenorm_jax.training.windows import Windows, require_ids
+
+# A file of no more ids is looked through before training begins; of a larger one, each batch is.
+LOOKED_THROUGH = 2**26
 
 
 def load(data: Data, model: GPTConfig | ViTConfig) -> Splits:
@@ -27,40 +32,45 @@ def load(data: Data, model: GPTConfig | ViTConfig) -> Splits:
 
 
 def _windows(path: pathlib.Path, data: Data, model: GPTConfig) -> Windows:
-    ids = tokens(path, data.processor)
-    windows = Windows(ids, model.context)
+    ids: np.ndarray | TokenFile
+    if path.suffix == ".bin":
+        ids = open_tokens(path, data.token_dtype, model.vocab_size)
+    else:
+        ids = tokens(path, data.processor)
+    windows = Windows(ids, model.context, model.vocab_size)
     if len(windows) < 1:
         raise DataError(f"{path}: {len(ids)} tokens; expected at least a window of {model.context} + 1")
-    if ids.min() < 0 or ids.max() >= model.vocab_size:
-        raise DataError(f"{path}: token ids from {ids.min()} to {ids.max()}; expected 0 to {model.vocab_size - 1}")
+    if len(ids) <= LOOKED_THROUGH:
+        require_ids(ids[:], model.vocab_size, path)
     return windows
 
 
 def tokens(path: pathlib.Path, processor: str) -> np.ndarray:
-    """Token ids (N,), int32, of a file. Raises: DataError."""
+    """Token ids (N,), int32, of a .npy file or a text. Raises: DataError."""
     try:
-        if path.suffix == ".bin":
-            return np.fromfile(path, np.uint16).astype(np.int32)
         if path.suffix == ".npy":
             found = np.load(path, allow_pickle=False)
             if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
                 raise DataError(f"{path}: {found.dtype} of shape {found.shape}; expected integers in one dimension")
-            return found.astype(np.int32)
+            return found
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
-    return np.asarray(_tokenizer(pathlib.Path(processor)).encode(text, add_special_tokens=False).ids, np.int32)
-
-
-def _tokenizer(folder: pathlib.Path) -> Any:
-    file = folder / "tokenizer.json"
+    file = pathlib.Path(processor) / "tokenizer.json"
     if not file.is_file():
         raise DataError(
-            f"config.data.processor: no tokenizer.json in {str(folder)!r}; expected the checkpoint's, or give token ids"
+            f"config.data.processor: no tokenizer.json in {processor!r}; expected the checkpoint's, or give token ids"
         )
+    return np.asarray(read_tokenizer(file).encode(text, add_special_tokens=False).ids, np.int32)
+
+
+def read_tokenizer(file: pathlib.Path) -> Any:
+    """The tokenizer of a tokenizer.json. Raises: DataError where it, or the library, is missing or can't be read."""
     try:
         return importlib.import_module("tokenizers").Tokenizer.from_file(str(file))
     except ImportError:
-        raise DataError(f"{file}: reading it needs the library tokenizers; pip install tokenizers") from None
+        raise DataError(
+            f'{file}: reading it needs the library tokenizers; pip install "prenorm-jax[data]" (or pip install tokenizers)'
+        ) from None
     except Exception as error:  # its own are plain ones
         raise DataError(f"cannot read {file}: {error}") from None

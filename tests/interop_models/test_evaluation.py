@@ -11,8 +11,11 @@ from PIL import Image
 import eval as eval_py
 from prenorm_jax.interop.__main__ import main
 from prenorm_jax.training.data import DataError
-from prenorm_jax.training.image_folder import class_numbers, read_preprocessing
+from prenorm_jax.training.image_folder import class_numbers
+from prenorm_jax.training.pictures import read_preprocessing
+from prenorm_jax.training.tasks import ImageClassification
 from prenorm_jax.training.text import tokens
+from prenorm_jax.training.token_files import open_tokens
 
 
 @pytest.mark.slow
@@ -53,8 +56,10 @@ def test_pictures_are_prepared_as_the_file_says(tmp_path):
     }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
     picture = Image.fromarray(np.full((20, 30, 3), 255, np.uint8))
-    prepared = read_preprocessing(tmp_path)(picture)
-    assert prepared.shape == (8, 8, 3)
+    preprocessing, pixels = read_preprocessing(tmp_path)
+    batch = {"inputs": preprocessing(picture)[None], "targets": np.zeros(1, np.int32)}
+    prepared = ImageClassification(pixels=pixels).prepare(batch)["inputs"]
+    assert prepared.shape == (1, 8, 8, 3)
     np.testing.assert_allclose(prepared, 2.0, atol=1e-6)
     (tmp_path / "preprocessor_config.json").write_text("{}")
     with pytest.raises(DataError, match="not understood"):
@@ -73,8 +78,8 @@ def test_token_ids_are_read_from_npy_and_bin(tmp_path):
     ids = np.arange(7)
     np.save(tmp_path / "a.npy", ids)
     ids.astype(np.uint16).tofile(tmp_path / "a.bin")
-    for name in ("a.npy", "a.bin"):
-        np.testing.assert_array_equal(tokens(tmp_path / name, ""), ids)
+    np.testing.assert_array_equal(tokens(tmp_path / "a.npy", ""), ids)
+    np.testing.assert_array_equal(open_tokens(tmp_path / "a.bin", "uint16", 7)[:], ids)
     np.save(tmp_path / "b.npy", ids / 2)
     with pytest.raises(DataError, match="expected integers"):
         tokens(tmp_path / "b.npy", "")

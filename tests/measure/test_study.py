@@ -10,9 +10,10 @@ import pytest
 
 from prenorm_jax import models
 from prenorm_jax.measure import __main__ as command
-from prenorm_jax.measure import counts, pictures, profile, study, works
+from prenorm_jax.measure import pictures, profile, study, works
 from prenorm_jax.measure.equivalence import PRE_LN, Form
 from prenorm_jax.models.config import ConfigError
+from prenorm_jax.training import counts
 
 pytestmark = pytest.mark.slow  # on one Python
 

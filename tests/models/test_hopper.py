@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prenorm_jax.models import hopper
-from prenorm_jax.models.blocks import attend
+from prenorm_jax import placement
+from prenorm_jax.models import blocks, hopper
+from prenorm_jax.training import sharding
+from prenorm_jax.training.experiment import Mesh
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11")
 
@@ -92,4 +94,55 @@ def test_what_the_kernels_do_not_take_is_refused():
         with pytest.raises(ValueError, match=r"expected one shape \(batch, rows, heads, 64\) with 64 to 200 rows"):
             hopper.attend(wrong, wrong, wrong, wrong.shape[1])
     with pytest.raises(ValueError, match="for causal attention choose auto"):
-        attend(q, q, q, causal=True, implementation="hopper")
+        blocks.attend(q, q, q, causal=True, implementation="hopper")
+
+
+def on_a_mesh(kernel):
+    """Attention with its gradients, jitted for 2 x 2 devices: two share the examples, two the heads."""
+    mesh = sharding.make_mesh(Mesh(data=2, tensor=2))
+
+    def attend(*qkv):
+        return placement.on_each_device(kernel, qkv, (placement.HEADS,) * 3, placement.HEADS)
+
+    def both_passes(q, k, v, dout):
+        with placement.within(mesh):
+            out, pull_back = jax.vjp(attend, q, k, v)
+            return out, *pull_back(dout)
+
+    return mesh, jax.jit(both_passes, in_shardings=sharding.batch_sharding(mesh))
+
+
+def test_over_several_devices_each_attends_to_its_own_examples_and_heads():
+    """With attention written out: the interpreter can't run on several devices at a time."""
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (jnp.asarray(rng.normal(size=(4, 8, 2, 64)), jnp.float32) for _ in range(4))
+    seen = []
+
+    def kernel(q, k, v):
+        seen.append(q.shape)
+        return reference(q, k, v, 6)
+
+    found = on_a_mesh(kernel)[1](q, k, v, dout)
+    assert set(seen) == {(2, 8, 1, 64)}
+    out, pull_back = jax.vjp(lambda *qkv: reference(*qkv, 6), q, k, v)
+    for one, wanted in zip(found, (out, *pull_back(dout)), strict=True):
+        np.testing.assert_allclose(one, wanted, atol=1e-5)
+
+
+def test_over_several_devices_the_kernels_lower_for_what_one_device_holds(monkeypatch):
+    x = jax.ShapeDtypeStruct((4, 200, 2, 64), jnp.bfloat16)
+    mesh, both_passes = on_a_mesh(lambda q, k, v: hopper.attend(q, k, v, 197))
+    text = both_passes.trace(x, x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "mosaic_gpu" in line]
+    assert len(calls) >= 2
+    assert all("tensor<2x200x1x64xbf16>" in line and "tensor<4x200x2x64xbf16>" not in line for line in calls)
+
+    class Card:
+        compute_capability = "9.0"
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Card()])
+    with placement.within(mesh):
+        assert hopper.served(jnp.bfloat16, 64, 200, 200)
+    # Without a mesh nothing would tell the kernel how its arguments are split.
+    assert not hopper.served(jnp.bfloat16, 64, 200, 200)

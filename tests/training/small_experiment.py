@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from prenorm_jax.models.config import GPTConfig
-from prenorm_jax.training.experiment import Compare, Data, Experiment, Optimizer, Train
+from prenorm_jax.training.experiment import Compare, Data, Experiment, Mesh, Optimizer, Train
 
 MODEL = GPTConfig(width=16, depth=1, heads=2, mlp_width=32, context=16, vocab_size=256, norm="pre_rmsnorm")
 TRAIN = Train(
@@ -25,5 +25,6 @@ def experiment(library: pathlib.Path, **train: Any) -> Experiment:
         data=Data(name="stdlib", root=str(library), seed=1),
         optimizer=Optimizer(learning_rate=1e-2, warmup_steps=3),
         train=dataclasses.replace(TRAIN, **train),
+        mesh=Mesh(data=1),
         compare=Compare(enabled=False),
     )

@@ -11,7 +11,7 @@ import small_experiment as small
 
 from prenorm_jax import models
 from prenorm_jax.models.config import ConfigError
-from prenorm_jax.training import checkpoints, data
+from prenorm_jax.training import checkpoints, data, saving
 from prenorm_jax.training.optimizer import make_optimizer
 from prenorm_jax.training.step import init_state
 
@@ -32,7 +32,7 @@ def saved(workdir: pathlib.Path, experiment, step: int = 5):
     batches = data.train_batches(data.load(experiment).train, experiment.data, settings.batch_size)
     for _ in range(step):
         next(batches)
-    with checkpoints.Checkpoints(workdir, experiment) as manager:
+    with saving.Checkpoints(workdir, experiment) as manager:
         manager.save(state, batches)
     return state, batches, tx
 
@@ -44,8 +44,8 @@ def test_a_state_and_its_place_in_the_data_come_back(tmp_path, coordinates):
     state, batches, tx = saved(tmp_path / "run", experiment)
     initial = init_state(models.init(experiment.model, 7, coordinates), tx)
     again = data.train_batches(data.load(experiment).train, experiment.data, experiment.train.batch_size)
-    with checkpoints.Checkpoints(tmp_path / "run", experiment) as manager:
-        restored = manager.restore(initial, again)
+    with saving.Checkpoints(tmp_path / "run", experiment) as manager:
+        restored = manager.restore(initial, again).state
     assert_same(restored, state)
     np.testing.assert_array_equal(next(again)["inputs"], next(batches)["inputs"])
 
@@ -76,21 +76,15 @@ def workdir(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize(
-    ("model", "train", "difference"),
+    ("model", "difference"),
     [
-        ({"width": 32}, {}, "config.model.width: 16 -> 32"),
-        ({"norm": "pre_ln"}, {}, "config.model.norm: pre_rmsnorm -> pre_ln"),
-        ({"depth": 2, "heads": 4}, {}, "config.model.depth: 1 -> 2; config.model.heads: 2 -> 4"),
-        ({}, {"coordinates": "native"}, "config.train.coordinates: pre_ln -> native"),
+        ({"width": 32}, "config.model.width: 16 -> 32"),
+        ({"depth": 2, "heads": 4}, "config.model.depth: 1 -> 2; config.model.heads: 2 -> 4"),
     ],
 )
-def test_another_model_is_refused_in_one_line_and_nothing_is_written(workdir, model, train, difference):
+def test_another_model_is_refused_in_one_line_and_nothing_is_written(workdir, model, difference):
     experiment, folder = workdir
-    other = dataclasses.replace(
-        experiment,
-        model=dataclasses.replace(experiment.model, **model),
-        train=dataclasses.replace(experiment.train, **train),
-    )
+    other = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, **model))
     before = files(folder)
     with pytest.raises(ConfigError) as error:
         checkpoints.refuse_other_model(folder, other)
@@ -138,3 +132,33 @@ def test_only_the_newest_are_kept(tmp_path):
         saved(tmp_path / "run", experiment, step)
     kept = sorted(int(path.name) for path in checkpoints.folder(tmp_path / "run").iterdir())
     assert kept == [2, 3]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path, value):
+    experiment = small.experiment(tmp_path / "library")
+    state, batches, _ = saved(tmp_path / "run", experiment, 5)
+    embed = {"table": state.params["embed"]["table"].at[3, 2].set(value)}
+    broken = dataclasses.replace(state, params={**state.params, "embed": embed}, step=jnp.int32(6))
+    with saving.Checkpoints(tmp_path / "run", experiment) as manager:
+        with pytest.raises(FloatingPointError, match="the parameters of step 6 are not finite"):
+            manager.save(broken, batches)
+        manager.save(dataclasses.replace(state, step=jnp.int32(7)), batches)  # the control
+    assert sorted(path.name for path in checkpoints.folder(tmp_path / "run").iterdir()) == ["5", "7"]
+
+
+def test_the_best_are_kept_beside_the_newest_also_over_a_restart(tmp_path):
+    experiment = small.experiment(tmp_path / "library", keep=1, keep_best=1)
+    state, batches, _ = saved(tmp_path / "run", experiment, 1)
+    losses = {2: 0.5, 3: 0.2, 4: 0.9, 5: 0.8}
+    for several in ((2, 3, 4), (5,)):
+        with saving.Checkpoints(tmp_path / "run", experiment) as manager:
+            manager.restore(state, batches)
+            for step in several:
+                manager.save(dataclasses.replace(state, step=jnp.int32(step)), batches, held_out={"loss": losses[step]})
+    kept = sorted(int(path.name) for path in checkpoints.folder(tmp_path / "run").iterdir())
+    assert kept == [3, 5]
+    assert checkpoints.best(tmp_path / "run") == 3
+    assert checkpoints.load(tmp_path / "run", step=3).step == 3
+    with pytest.raises(FileNotFoundError, match="no checkpoint 4 in"):
+        checkpoints.load(tmp_path / "run", step=4)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from prenorm_jax.models.config import GPTConfig, ViTConfig
-from prenorm_jax.training import data
+from prenorm_jax.training import data, digits, standard_library
 from prenorm_jax.training.experiment import Data, Experiment, default_experiment
+from prenorm_jax.training.windows import Windows
 
 VIT = ViTConfig(width=8, depth=1, heads=2, mlp_width=8, image_size=4, patch_size=2, channels=3, classes=5)
 GPT = GPTConfig(width=8, depth=1, heads=2, mlp_width=8, context=6, vocab_size=11)
@@ -23,14 +24,18 @@ class Numbered:
     def __len__(self) -> int:
         return self.count
 
-    def batch(self, indices, rng):
-        drawn = np.full(len(indices), -1) if rng is None else rng.integers(1 << 30, size=len(indices))
+    def draws(self, rng, count):
+        return rng.integers(1 << 30, size=count)
+
+    def batch(self, indices, draws):
+        drawn = np.full(len(indices), -1) if draws is None else draws
         return {"inputs": np.stack([indices, drawn], axis=1), "targets": indices.astype(np.int32)}
 
 
 def one(examples, index: int, rng=None):
     """One example, without its batch axis."""
-    return {key: x[0] for key, x in examples.batch(np.array([index]), rng).items()}
+    draws = None if rng is None else examples.draws(rng, 1)
+    return {key: x[0] for key, x in examples.batch(np.array([index]), draws).items()}
 
 
 def take(batches, count: int):
@@ -93,9 +98,9 @@ def test_an_evaluation_sees_each_example_once_in_batches_of_one_size(limit, expe
 
 
 def test_digits_are_split_by_class_and_never_otherwise():
-    splits, again = data.digits(), data.digits()
-    assert isinstance(splits.train, data.Digits)
-    assert isinstance(splits.held_out, data.Digits)
+    splits, again = (digits.load(Data(name="digits"), VIT) for _ in range(2))
+    assert isinstance(splits.train, digits.Digits)
+    assert isinstance(splits.held_out, digits.Digits)
     np.testing.assert_array_equal(splits.held_out.images, again.held_out.images)
     assert (len(splits.train), len(splits.held_out)) == (1438, 359)
     for part in (splits.train, splits.held_out):
@@ -109,7 +114,7 @@ def test_digits_are_split_by_class_and_never_otherwise():
 
 
 def test_a_digit_moves_by_at_most_a_pixel():
-    part = data.digits().train
+    part = digits.load(Data(name="digits"), VIT).train
     plain, rng = one(part, 7)["inputs"][..., 0], np.random.default_rng(0)
     framed = np.pad(plain, 1, constant_values=-1)
     allowed = {framed[i : i + 8, j : j + 8].tobytes() for i in range(3) for j in range(3)}
@@ -129,26 +134,28 @@ def write_library(root: pathlib.Path) -> dict[str, str]:
 
 def test_stdlib_is_split_by_file(tmp_path):
     files = write_library(tmp_path)
-    splits = data.stdlib(str(tmp_path), 32)
-    assert isinstance(splits.train, data.Windows)
-    assert isinstance(splits.held_out, data.Windows)
+    splits = standard_library.read(str(tmp_path), 32)
+    assert isinstance(splits.train, Windows)
+    assert isinstance(splits.held_out, Windows)
     for part, held_out in ((splits.train, False), (splits.held_out, True)):
-        names = sorted(name for name in files if data.is_held_out(name) == held_out)
+        names = sorted(name for name in files if standard_library.is_held_out(name) == held_out)
         assert bytes(part.tokens).decode() == "\0".join(files[name] for name in names)
         assert 0 < len(part) == (len(part.tokens) - 1) // 32
 
 
 def test_the_hash_of_a_path_is_what_it_always_was():
     held_out = [
-        name for name in ("abc.py", "ast.py", "json/decoder.py", "typing.py", "uuid.py") if data.is_held_out(name)
+        name
+        for name in ("abc.py", "ast.py", "json/decoder.py", "typing.py", "uuid.py")
+        if standard_library.is_held_out(name)
     ]
-    share = np.mean([data.is_held_out(f"folder/{i}.py") for i in range(4000)])
+    share = np.mean([standard_library.is_held_out(f"folder/{i}.py") for i in range(4000)])
     assert held_out == ["uuid.py"]
     assert abs(share - 1 / 16) < 0.01
 
 
 def test_windows_follow_each_other_and_targets_are_one_further():
-    windows = data.Windows(np.arange(100, dtype=np.uint8), 8)
+    windows = Windows(np.arange(100, dtype=np.uint8), 8)
     examples = [one(windows, i) for i in range(len(windows))]
     np.testing.assert_array_equal(np.concatenate([e["inputs"] for e in examples]), np.arange(96))
     assert all((e["targets"] == e["inputs"] + 1).all() for e in examples)
@@ -162,14 +169,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     write_library(tmp_path)
     (tmp_path / "broken.py").symlink_to(tmp_path / "nowhere.py")
     with pytest.raises(data.DataError, match=r"cannot read .*broken\.py: No such file"):
-        data.stdlib(str(tmp_path), 32)
+        standard_library.read(str(tmp_path), 32)
 
 
 def test_a_missing_folder_and_one_without_python_are_named(tmp_path):
     with pytest.raises(data.DataError, match=r"cannot read .*nowhere: No such file"):
-        data.stdlib(str(tmp_path / "nowhere"), 32)
+        standard_library.read(str(tmp_path / "nowhere"), 32)
     with pytest.raises(data.DataError, match=r"hold no training window of 32 \+ 1 bytes"):
-        data.stdlib(str(tmp_path), 32)
+        standard_library.read(str(tmp_path), 32)
 
 
 def test_this_interpreter_s_library_is_large_enough():

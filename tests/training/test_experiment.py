@@ -47,7 +47,7 @@ IMPOSSIBLE = [
     (
         "data.name",
         "stdlib",
-        "config.data.name: got 'stdlib'; allowed: digits, synthetic, image_folder for config.task = image_classification",
+        "config.data.name: got 'stdlib'; allowed: digits, synthetic, image_folder, hugging_face, array_record for config.task",
     ),
     ("data.seed", -1, "config.data.seed: got -1; allowed: 0 or more"),
     ("optimizer.learning_rate", "fast", "config.optimizer.learning_rate: got 'fast'; allowed: a number"),
@@ -66,7 +66,7 @@ IMPOSSIBLE = [
     (
         "trian",
         {},
-        "config.trian: no such field (did you mean train?); allowed: compare, data, model, optimizer, task, train",
+        "config.trian: no such field (did you mean train?); allowed: compare, data, estimate, mesh, model, optimizer, task, train",
     ),
     ("train", 5, "config.train: got 5; allowed: the fields of a section"),
     ("compare.windows", 0, "config.compare.windows: got 0; allowed: 1 or more"),

@@ -85,3 +85,18 @@ def test_the_state_has_one_structure_with_and_without_clipping():
     params = {"kernel": jnp.zeros(3)}
     structures = {jax.tree.structure(make_optimizer(Optimizer(clip_norm=c), 1000).init(params)) for c in (0.0, 1.0)}
     assert len(structures) == 1
+
+
+def test_lamb_s_steps_are_as_long_as_their_leaves_times_the_rate():
+    """The definition (You et al., 2020) written out for a kernel, and Adam's own step for a bias, which has no decay."""
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=4)}
+    grads = {name: rng.normal(size=leaf.shape) for name, leaf in params.items()}
+    settings = Optimizer(name="lamb", learning_rate=0.1, warmup_steps=0, weight_decay=0.5, clip_norm=0.0)
+    tx = make_optimizer(settings, 10)
+    updates = jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[0])(grads, params)
+    adam = {name: grad / (np.abs(grad) + settings.eps) for name, grad in grads.items()}  # the first step's
+    direction = adam["kernel"] + 0.5 * params["kernel"]
+    length = np.linalg.norm(params["kernel"]) / np.linalg.norm(direction)
+    np.testing.assert_allclose(updates["kernel"], -0.1 * length * direction, rtol=1e-6)
+    np.testing.assert_allclose(updates["bias"], -0.1 * adam["bias"], rtol=1e-6)

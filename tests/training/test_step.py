@@ -12,6 +12,7 @@ from prenorm_jax import models
 from prenorm_jax.models.config import GPTConfig, ViTConfig
 from prenorm_jax.training.experiment import Optimizer
 from prenorm_jax.training.optimizer import make_optimizer
+from prenorm_jax.training.pictures import Pixels
 from prenorm_jax.training.step import State, init_state, make_eval_step, make_train_step
 from prenorm_jax.training.tasks import ImageClassification, LanguageModelling, Task
 
@@ -173,3 +174,47 @@ def test_eval_step_ignores_filled_up_rows_and_label_smoothing():
     logits, _ = jax.jit(lambda params, inputs: models.apply(model, params, inputs))(params, part["inputs"])
     plain = -jax.nn.log_softmax(logits)[np.arange(5), part["targets"]]
     assert float(sums["loss"]) == pytest.approx(float(plain.sum()), rel=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "gpt"])
+def test_stochastic_depth_follows_seed_and_step_in_every_variant_and_however_the_batch_is_split(name):
+    model, task = TASKS[name]
+    model = dataclasses.replace(model, depth=1)
+    params = random_params(model)
+
+    def losses(norm="pre_ln", accumulate=1, seed=3, rate=0.5):
+        tx = make_optimizer(OPTIMIZER, STEPS)
+        step = make_train_step(
+            dataclasses.replace(model, norm=norm), task, tx, accumulate=accumulate, stochastic_depth=rate, seed=seed
+        )
+        state, found = init_state(jax.tree.map(jnp.array, params), tx), []
+        for index in range(3):
+            state, metrics = step(state, batch_of(model, index))
+            found.append(float(metrics["loss"]))
+        return np.array(found)
+
+    expected = losses()
+    np.testing.assert_allclose(losses("pre_crmsnorm", accumulate=4), expected, rtol=0, atol=1e-9)
+    # The negative control: another seed.
+    assert np.abs(losses(seed=4) - expected).min() > 1e-4
+
+
+def test_a_step_takes_pictures_as_bytes_and_mixes_them():
+    model = dataclasses.replace(VIT, depth=1)
+    task = ImageClassification(loss="sigmoid", classes=5, pixels=Pixels(1 / 255, (0.5, 0.4), (0.2, 0.3)))
+    rng = np.random.default_rng(0)
+    batch = {**batch_of(model, 0), "inputs": rng.integers(0, 256, (8, 6, 6, 2), dtype=np.uint8)}
+    batch["mix"] = np.repeat([[0.6, 0, 0, 0, 0]], 8, axis=0).astype(np.float32)
+    tx = make_optimizer(OPTIMIZER, STEPS)
+    _, whole = make_train_step(model, task, tx)(init_state(models.init(model, 0), tx), batch)
+    _, split = make_train_step(model, task, tx, accumulate=2)(init_state(models.init(model, 0), tx), batch)
+    assert as_floats(split) == pytest.approx(as_floats(whole), rel=1e-9)
+    images = (batch["inputs"] / 255 - np.array([0.5, 0.4])) / np.array([0.2, 0.3])
+    partner = np.arange(8) ^ 1
+    mixed = 0.6 * images + 0.4 * images[partner]
+    logits = jax.jit(lambda params: models.apply(model, params, mixed)[0])(models.init(model, 0))
+    present = np.zeros((8, 5))
+    present[np.arange(8), batch["targets"]] = present[np.arange(8), batch["targets"][partner]] = 1
+    expected = optax.sigmoid_binary_cross_entropy(logits, present).mean()
+    assert float(whole["loss"]) == pytest.approx(float(expected), rel=1e-5)

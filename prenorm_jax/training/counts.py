@@ -21,6 +21,7 @@ Bytes of the other parts, each tensor read once and written once, a and p the by
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -44,6 +45,20 @@ DEVICES: dict[str, Device] = {
     "NVIDIA H100 80GB HBM3": Device(989e12, 3.35e12, 798e12, 3.0e12),
 }
 """Device by what JAX calls its kind. NVIDIA's data sheets (dense bf16), and products of 8192^3 and copies of 8.6 GB as measured."""
+PEAK_FLOPS: dict[str, float] = {
+    **{kind: device.peak_flops for kind, device in DEVICES.items()},
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+"""bf16 operations a second, dense, by what JAX calls a device's kind; from the data sheets of NVIDIA and Google Cloud."""
 FLOOR_DEVICE = DEVICES["NVIDIA H200"]  # whose floors are told where the device is another
 
 
@@ -64,6 +79,17 @@ class Operation:
     def floor(self, device: Device) -> float:
         """Seconds below which it can't be done, by what a large product and a large copy reach."""
         return max(self.causal / device.product_flops, self.bytes / device.copy_bytes)
+
+
+def flops_per_step(config: ViTConfig | GPTConfig, batch: int) -> float:
+    """Operations that a training step on `batch` examples asks for, attention counted in full: MFU's numerator."""
+    return sum(each.full for each in operations(config, batch, training=True))
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """bf16 operations a second of these devices together, or None where a kind is not in `PEAK_FLOPS`."""
+    peaks = [PEAK_FLOPS[device.device_kind] for device in devices if device.device_kind in PEAK_FLOPS]
+    return sum(peaks) if len(peaks) == len(devices) else None
 
 
 def operations(

@@ -1,0 +1,161 @@
+"""Where a model's arrays lie on a mesh of devices. Without a mesh, nothing here does anything.
+
+A mesh has three axes. "data" and "fsdp" split the batch; "fsdp" and "tensor" split the weights; "tensor" splits heads, the columns of an
+MLP, and the vocabulary. Weights are stored split along both and gathered along "fsdp" where they are used, in the dtype that they are
+used in; their gradients go back split. What is never split is the main branch's axis: so the maps between charts, which sum along it,
+stay on one device, and its width may be odd. (The table is mapped nowhere where it is tied, and has an even width there.)
+
+    reader kernel (R, F)   COLUMNS   split along F        F: heads, MLP columns, vocabulary
+    writer kernel (F, R)   ROWS      split along F
+    table (V, D)           TABLE     split along V, or along both axes where that does not come out
+    positions, patches     POSITIONS, PATCHES   split along their first axis
+
+`within(mesh)` puts a mesh in force for the functions below, while a program is traced.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+Array = jax.Array
+
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+BATCH = (DATA, FSDP)
+
+Place = tuple[PartitionSpec, ...]
+"""How the last axes of a leaf are split; where there are several ways, the first of those that split it most."""
+COLUMNS: Place = (PartitionSpec(None, (TENSOR, FSDP)),)
+ROWS: Place = (PartitionSpec((TENSOR, FSDP), None),)
+# A vocabulary is a multiple of 128, seldom of 256.
+TABLE: Place = (*ROWS, PartitionSpec(TENSOR, FSDP))
+Specs = tuple[PartitionSpec | None, ...]
+SUMMED = None
+"""In `on_each_device`: a result of which each device has the share of its examples."""
+HEADS = PartitionSpec(BATCH, None, TENSOR, None)
+EXAMPLES, WHOLE = PartitionSpec(BATCH), PartitionSpec()
+POSITIONS: Place = (PartitionSpec(FSDP, None),)
+PATCHES: Place = (PartitionSpec(FSDP, None, None, None),)
+
+
+@contextlib.contextmanager
+def within(mesh: jax.sharding.Mesh | None) -> Iterator[None]:
+    """Puts `mesh`, whose axes are `AXES`, in force; None changes nothing."""
+    with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
+def sizes() -> Mapping[str, int]:
+    """Devices along each axis of the mesh in force; empty where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return dict(mesh.shape) if mesh.axis_names == AXES else {}
+
+
+def fitted(place: Place, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """How an array of this shape is split: as `place` says, less the mesh axes that do not divide theirs.
+
+    >>> sizes = {"data": 1, "fsdp": 4, "tensor": 2}
+    >>> fitted(COLUMNS, (12, 7, 16), sizes)
+    PartitionSpec(None, None, ('tensor', 'fsdp'))
+    >>> fitted(COLUMNS, (7, 10), sizes)
+    PartitionSpec(None, 'tensor')
+    >>> fitted(TABLE, (10, 8), sizes)
+    PartitionSpec('tensor', 'fsdp')
+    """
+    return max((_fitted(spec, shape, sizes) for spec in place), key=lambda spec: parts(spec, sizes))
+
+
+def parts(spec: PartitionSpec, sizes: Mapping[str, int]) -> int:
+    """How many parts a spec makes of an array."""
+    return math.prod(sizes[name] for entry in spec for name in _tuple(entry))
+
+
+def _fitted(spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    found: list[Any] = []
+    for size, wanted in zip(shape[len(shape) - len(spec) :], spec, strict=True):
+        kept: list[str] = []
+        for axis in _tuple(wanted):
+            if size % math.prod(sizes[name] for name in [*kept, axis]) == 0:
+                kept.append(axis)
+        found.append(tuple(kept) if len(kept) > 1 else kept[0] if kept else None)
+    return PartitionSpec(*[None] * (len(shape) - len(spec)), *found)
+
+
+def examples(x: Array) -> Array:
+    """An array whose first axis runs over examples, or over their tokens: split by them, whole otherwise."""
+    return _put(x, (PartitionSpec(BATCH, *[None] * (x.ndim - 1)),))
+
+
+def gathered(weight: Array, stored: Place) -> Array:
+    """A weight that is `stored` so, whole along "fsdp"; its gradient is split as it is stored."""
+    if sizes().get(FSDP, 1) == 1:
+        return weight
+    return checkpoint_name(_gathered(weight, stored), "gathered")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(weight: Array, stored: Place) -> Array:
+    return _put(weight, tuple(PartitionSpec(*[TENSOR if TENSOR in _tuple(e) else None for e in s]) for s in stored))
+
+
+# Without a rule of its own the gradient would be whole as well: summed everywhere, where a share of it is needed.
+_gathered.defvjp(
+    lambda weight, stored: (_gathered(weight, stored), None),
+    lambda stored, _, gradient: (_put(gradient, stored),),
+)
+
+
+def on_each_device(
+    function: Callable[..., Any],
+    arrays: tuple[Array, ...],
+    given: tuple[PartitionSpec, ...],
+    made: Specs | PartitionSpec,
+) -> Any:
+    """`function` of arrays, called on each device with its own part of them: for kernels that XLA can't split.
+
+    Args:
+      given: how each array is split, from its first axis on; what does not divide an axis leaves it whole.
+      made: how the result is split, or each of them; of those that are SUMMED, the sum over all examples is returned.
+    """
+    here = sizes()
+    if math.prod(here.values()) == 1:
+        return function(*arrays)
+    parts = tuple(
+        fitted((PartitionSpec(*spec, *[None] * (array.ndim - len(spec))),), array.shape, here)
+        for spec, array in zip(given, arrays, strict=True)
+    )
+
+    def on_one(*own: Array) -> Any:
+        results = function(*own)
+        if isinstance(made, PartitionSpec):
+            return results
+        return tuple(
+            jax.lax.psum(one, BATCH) if spec is SUMMED else one for one, spec in zip(results, made, strict=True)
+        )
+
+    out: Any = made if isinstance(made, PartitionSpec) else tuple(WHOLE if spec is SUMMED else spec for spec in made)
+    # A kernel doesn't say along which axes its result varies, so there is nothing to check.
+    return jax.shard_map(on_one, in_specs=parts, out_specs=out, check_vma=False)(*arrays)
+
+
+def own(rows: int) -> int:
+    """How many of so many examples, or of their tokens, a device has; 0 where they don't come out even."""
+    here = sizes()
+    parts = math.prod(here.get(axis, 1) for axis in BATCH)
+    return 0 if rows % parts else rows // parts
+
+
+def _tuple(entry: Any) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _put(x: Array, place: Place) -> Array:
+    here = sizes()
+    if math.prod(here.values()) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, fitted(place, x.shape, here))

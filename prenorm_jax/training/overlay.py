@@ -1,0 +1,216 @@
+"""The loss curves of several runs in one picture, and whether the variants' lie within what another seed does to Pre-LN.
+
+python -m prenorm_jax.training.overlay --out=FILE WORKDIR WORKDIR ...      writes FILE.png, FILE.json and FILE.md
+
+The runs train one model on one data set for as many steps, in any variants, coordinates and seeds. A variant is held against the Pre-LN
+run of its own seed; how far apart two Pre-LN runs of different seeds end is the spread. Without both there is no verdict.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from prenorm_jax.models.config import ConfigError
+from prenorm_jax.training import charts, metrics
+from prenorm_jax.training.experiment import Experiment, read_experiment
+
+COLOURS = {"pre_ln": "#4c4c4c", "pre_rmsnorm": "#1f77b4", "reflect": "#2ca02c", "drop": "#98df8a"}
+
+
+def read(workdirs: Sequence[pathlib.Path]) -> dict[str, Any]:
+    """What the runs recorded, and how far they are apart; see `compared`.
+
+    Raises: ConfigError for a folder that is no finished run, and for runs that can't be compared.
+    """
+    runs, first = [], None
+    for workdir in workdirs:
+        experiment = _experiment(workdir)
+        first = first or experiment
+        _require_comparable(workdir, experiment, first)
+        rows = metrics.read(workdir)
+        evals = [row for row in rows if row["kind"] == "eval"]
+        if not evals or evals[-1]["step"] != experiment.train.steps:
+            raise ConfigError(
+                f"{workdir}: no evaluation at step {experiment.train.steps}; allowed: runs that have ended"
+            )
+        model, settings = experiment.model, experiment.train
+        runs.append(
+            {
+                "workdir": str(workdir),
+                "norm": model.norm,
+                "basis": model.basis if model.norm == "pre_crmsnorm" else None,
+                "coordinates": settings.coordinates,
+                "seed": [settings.seed, experiment.data.seed],
+                "steps": settings.steps,
+                "last": {name: value for name, value in evals[-1].items() if name not in ("kind", "step")},
+                "eval": [[row["step"], row["loss"]] for row in evals],
+                "train": [[row["step"], row["loss"]] for row in rows if row["kind"] == "train"],
+            }
+        )
+    assert first is not None
+    return {"data": first.data.name, **compared(runs)}
+
+
+def compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Adds to each run what it is held against, its distance from that, and the verdict, and to all the spread.
+
+    Distances are of the last held-out losses ("difference") and, in the mean over the evaluations, of the curves ("curve_difference").
+
+    >>> run = {"coordinates": "pre_ln", "basis": None, "train": []}
+    >>> losses = {("pre_ln", 0): 1.00, ("pre_ln", 1): 1.02, ("pre_rmsnorm", 0): 1.01}
+    >>> runs = [{**run, "norm": n, "seed": s, "last": {"loss": x}, "eval": [[1, x]]} for (n, s), x in losses.items()]
+    >>> found = compared(runs)
+    >>> round(found["spread"], 3), [each["within"] for each in found["runs"]]
+    (0.02, [None, None, True])
+    """
+    pre_ln = [run for run in runs if run["norm"] == "pre_ln"]
+    pairs = [(a, b) for a in pre_ln for b in pre_ln if a["seed"] < b["seed"]]
+    spread = max((abs(_difference(a, b)) for a, b in pairs), default=None)
+    curve_spread = max((_curve_difference(a, b) for a, b in pairs), default=None)
+    found = []
+    for run in runs:
+        against = next((other for other in pre_ln if other["seed"] == run["seed"]), None)
+        held = against is not None and run["norm"] != "pre_ln"
+        difference = _difference(run, against) if held and against else None
+        found.append(
+            {
+                **run,
+                "difference": difference,
+                "curve_difference": _curve_difference(run, against) if held and against else None,
+                "within": None if difference is None or spread is None else abs(difference) <= spread,
+            }
+        )
+    return {"spread": spread, "curve_spread": curve_spread, "runs": found}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The comparison in Markdown."""
+    names = [name for name in ("loss", "accuracy", "bits_per_byte", "perplexity") if name in result["runs"][0]["last"]]
+    heads = [
+        "run",
+        *[f"held-out {name}" for name in names],
+        "loss less Pre-LN's of its seed",
+        "curves apart",
+        "within the seeds' spread",
+    ]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for run in result["runs"]:
+        verdict = {None: "", True: "yes", False: "no"}[run["within"]]
+        values = [label(run), *[f"{run['last'][name]:.4f}" for name in names]]
+        distances = ["" if value is None else f"{value:{form}}" for value, form in _distances(run)]
+        lines.append(f"| {' | '.join([*values, *distances, verdict])} |")
+    spread = (
+        f"Two Pre-LN seeds end {result['spread']:.4f} apart, their curves {result['curve_spread']:.4f} in the mean over evaluations."
+        if result["spread"] is not None
+        else "Without two Pre-LN runs of different seeds there is no spread, and no verdict."
+    )
+    return "\n".join([*lines, "", spread, ""])
+
+
+def draw(result: dict[str, Any], path: pathlib.Path) -> None:
+    """Training and held-out loss, and the held-out loss less that of the Pre-LN run of the same seed, as a PNG."""
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    train, held_out, apart = figure.subplots(1, 3)
+    pre_ln = {str(run["seed"]): dict(run["eval"]) for run in result["runs"] if run["norm"] == "pre_ln"}
+    for run in result["runs"]:
+        style = {
+            "color": COLOURS[run["basis"] or run["norm"]],
+            "linestyle": "-" if run["coordinates"] == "pre_ln" else "--",
+            "linewidth": 1.2,
+            "label": label(run),
+        }
+        for panel, name in ((train, "train"), (held_out, "eval")):
+            if run[name]:
+                panel.plot(*zip(*run[name], strict=True), **style, alpha=0.5 if panel is train else 1.0)
+        other = next(
+            (curve for seed, curve in pre_ln.items() if run["norm"] != "pre_ln" and seed == str(run["seed"])), None
+        )
+        if run["norm"] == "pre_ln" and pre_ln and str(run["seed"]) != next(iter(pre_ln)):
+            other = next(iter(pre_ln.values()))
+        if other:
+            steps = [(step, loss - other[step]) for step, loss in run["eval"] if step in other]
+            apart.plot(*zip(*steps, strict=True), **style)
+    apart.axhline(0, color="black", linewidth=0.6)
+    for panel, title in (
+        (train, "training batch"),
+        (held_out, "held out"),
+        (apart, "held out, less Pre-LN of its seed (of the first)"),
+    ):
+        panel.set(xlabel="step", ylabel="loss (nats)", title=title)
+        panel.grid(alpha=0.3)
+    held_out.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+def label(run: dict[str, Any]) -> str:
+    """A run's name: variant, coordinates, seed."""
+    seeds = run["seed"] if isinstance(run["seed"], list) else [run["seed"]]
+    name = f"{run['norm']}-{run['basis']}" if run["basis"] else run["norm"]
+    return f"{name}, {run['coordinates']} coordinates, seed {'/'.join(map(str, dict.fromkeys(seeds)))}"
+
+
+def _experiment(workdir: pathlib.Path) -> Experiment:
+    path = workdir / "config.json"
+    try:
+        return read_experiment(json.loads(path.read_text()))
+    except (OSError, ValueError, ConfigError) as error:
+        raise ConfigError(f"{workdir}: no run of train.py ({error})") from None
+
+
+def _require_comparable(workdir: pathlib.Path, experiment: Experiment, first: Experiment) -> None:
+    try:
+        charts.refuse_other_model(first.model, experiment.model)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{workdir}: another model than the first run's ({error}); allowed: variants of one"
+        ) from None
+    for name, one, other in (
+        ("data.name", first.data.name, experiment.data.name),
+        ("train.steps", first.train.steps, experiment.train.steps),
+        ("train.batch_size", first.train.batch_size, experiment.train.batch_size),
+        ("train.eval_examples", first.train.eval_examples, experiment.train.eval_examples),
+    ):
+        if one != other:
+            raise ConfigError(f"{workdir}: config.{name} is {other}; allowed: {one}, as in the first run")
+
+
+def _difference(run: dict[str, Any], other: dict[str, Any]) -> float:
+    return float(run["last"]["loss"] - other["last"]["loss"])
+
+
+def _curve_difference(run: dict[str, Any], other: dict[str, Any]) -> float:
+    there = dict(map(tuple, other["eval"]))
+    return float(np.mean([abs(loss - there[step]) for step, loss in run["eval"] if step in there]))
+
+
+def _distances(run: dict[str, Any]) -> list[tuple[float | None, str]]:
+    return [(run["difference"], "+.4f"), (run["curve_difference"], ".4f")]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0; 1 where a variant is outside the spread, 2 for what can't be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdirs", nargs="+", type=pathlib.Path, metavar="WORKDIR")
+    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE", help="without an ending")
+    given = parser.parse_args(arguments)
+    try:
+        result = read(given.workdirs)
+    except ConfigError as error:
+        print(f"prenorm_jax.training.overlay: {error}", file=sys.stderr)
+        return 2
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.with_name(f"{given.out.name}.json").write_text(json.dumps(result) + "\n")
+    given.out.with_name(f"{given.out.name}.md").write_text(table(result))
+    draw(result, given.out.with_name(f"{given.out.name}.png"))
+    print(table(result))
+    return int(any(run["within"] is False for run in result["runs"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,187 @@
+"""Data sets that the library datasets saved, and tokenizers of the library tokenizers: made here, read by training."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import tokenizers
+from PIL import Image
+
+from prenorm_jax.models.config import GPTConfig, ViTConfig
+from prenorm_jax.training import data, prepare
+from prenorm_jax.training.data import DataError
+from prenorm_jax.training.experiment import Data, Experiment
+
+ROOT = Path(__file__).parents[2]
+VIT = ViTConfig(width=8, depth=1, heads=2, mlp_width=8, image_size=16, patch_size=8, channels=3, classes=3)
+GPT = GPTConfig(width=8, depth=1, heads=2, mlp_width=8, context=4, vocab_size=280)
+LINES = ["the cat sat on the mat", "the dog sat on the cat", "a mat is no dog"] * 20
+
+
+def picture(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def split_of(first: int, count: int, **further: object) -> datasets.Dataset:
+    rows = {
+        "img": [{"bytes": picture(first + i), "path": None} for i in range(count)],
+        "label": [i % 3 for i in range(count)],
+        "note": ["x"] * count,
+    }
+    kinds = {
+        "img": datasets.Image(),
+        "label": datasets.ClassLabel(names=["a", "b", "c"]),
+        "note": datasets.Value("string"),
+    }
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    root = tmp_path / "pictures"
+    datasets.DatasetDict({"train": split_of(0, 8), "test": split_of(50, 3)}).save_to_disk(str(root))
+    return root
+
+
+def load(root, **fields):
+    settings = Data(name="hugging_face", root=str(root), threads=1, **{"image_key": "img", **fields})
+    return data.load(Experiment(task="image_classification", model=VIT, data=settings))
+
+
+def test_saved_pictures_are_read(saved):
+    splits = load(saved)
+    assert (len(splits.train), len(splits.held_out)) == (8, 3)
+    batch = splits.train.batch(np.arange(8), None)
+    assert batch["targets"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    with Image.open(io.BytesIO(picture(5))) as source:
+        expected = np.asarray(source.resize((21, 18), Image.Resampling.BICUBIC))[1:17, 2:18]
+    np.testing.assert_array_equal(batch["inputs"][5], expected)
+
+
+def test_a_split_alone_is_evaluated(tmp_path):
+    split_of(0, 4).save_to_disk(str(tmp_path / "one"))
+    splits = load(tmp_path / "one")
+    assert len(splits.held_out) == 4
+    with pytest.raises(DataError, match="nothing to train on"):
+        len(splits.train)
+
+
+def test_a_worker_process_reads_them(saved):
+    train = load(saved).train
+    plain, worker = (
+        data.train_batches(train, Data(crop="resized", threads=1, workers=workers), 4) for workers in (0, 1)
+    )
+    np.testing.assert_array_equal(next(worker)["inputs"], next(plain)["inputs"])
+    worker.close()
+
+
+def test_faults_name_the_folder_and_the_field(saved, tmp_path):
+    with pytest.raises(
+        DataError, match=r"config.data.image_key: got 'image'; .*pictures has the columns img, label, note"
+    ):
+        load(saved, image_key="image")
+    with pytest.raises(DataError, match=r"pictures: the column note is .*; expected pictures"):
+        load(saved, image_key="note")
+    with pytest.raises(DataError, match=r"config.data.root: got .*nowhere"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"^cannot read .*empty: "):
+        load(tmp_path / "empty")
+    arrow = next((saved / "train").glob("*.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:-500])
+    with pytest.raises(DataError, match=r"pictures"):
+        load(saved).train.batch(np.array([7]), None)
+
+
+def test_a_broken_picture_is_named_by_its_row(tmp_path):
+    split = split_of(0, 3).cast_column("img", datasets.Image(decode=False))
+    rows = split.to_dict()
+    rows["img"][1]["bytes"] = b"no picture"
+    datasets.Dataset.from_dict(rows, features=split_of(0, 3).features).save_to_disk(str(tmp_path / "broken"))
+    with pytest.raises(DataError, match=r"^cannot read .*broken, .*row 1: cannot identify"):
+        load(tmp_path / "broken").held_out.batch(np.array([1]), None)
+
+
+@pytest.mark.parametrize("library", ["datasets", "tokenizers"])
+def test_a_missing_library_is_one_line(library, saved, tmp_path):
+    """In a process that has not got it, as a user without the extra."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    program = f"""
+import sys
+sys.modules[{library!r}] = None
+from prenorm_jax.training import prepare
+from prenorm_jax.training.hugging_face import read_splits
+if {library!r} == "datasets":
+    read_splits({str(saved)!r})
+else:
+    prepare.vocabulary(prepare.pathlib.Path({str(tmp_path / "tokenizer.json")!r}), "")
+"""
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    last = ran.stderr.strip().splitlines()[-1]
+    assert re.search(rf"DataError: .* needs the library {library}; pip install", last), ran.stderr
+
+
+# --- texts
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=None))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    every_byte = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<|endoftext|>"], initial_alphabet=every_byte, show_progress=False
+    )
+    made.train_from_iterator(LINES, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_a_text_is_prepared_with_a_tokenizer(tokenizer, tmp_path):
+    text = "\n".join(LINES) + "\n"
+    (tmp_path / "a.txt").write_text(text)
+    flags = ["--tokenizer", str(tokenizer), "--end", "<|endoftext|>", "--val", str(tmp_path / "a.txt")]
+    assert prepare.main([str(tmp_path / "a.txt"), *flags, "--out", str(tmp_path / "out")]) == 0
+    about = json.loads((tmp_path / "out" / "tokens.json").read_text())
+    ids = np.fromfile(tmp_path / "out" / "train.bin", about["dtype"])
+    read = tokenizers.Tokenizer.from_file(str(tokenizer))
+    assert ids[-1] == read.token_to_id("<|endoftext|>")
+    assert read.decode(ids[:-1].tolist()) == text
+    assert about["vocab_size"] == read.get_vocab_size()
+    settings = Data(name="text", root=str(tmp_path / "out"), threads=0)
+    splits = data.load(Experiment(task="language_modelling", model=GPT, data=settings))
+    np.testing.assert_array_equal(splits.train.batch(np.array([0]), None)["inputs"][0], ids[:4])
+
+
+def test_a_saved_column_is_prepared_a_document_a_row(tokenizer, tmp_path):
+    table = datasets.Dataset.from_dict({"body": LINES, "id": list(range(len(LINES)))})
+    table.save_to_disk(str(tmp_path / "texts"))
+    flags = ["--tokenizer", str(tokenizer), "--end", "<|endoftext|>", "--text-column", "body", "--val-share", "0.1"]
+    assert prepare.main([str(tmp_path / "texts"), *flags, "--out", str(tmp_path / "out")]) == 0
+    read = tokenizers.Tokenizer.from_file(str(tokenizer))
+    held_out = np.fromfile(tmp_path / "out" / "val.bin", np.uint16)
+    documents = read.decode(held_out.tolist(), skip_special_tokens=False).split("<|endoftext|>")
+    assert documents == [*LINES[9::10], ""]
+
+
+def test_faults_of_prepare_are_one_line(tokenizer, tmp_path, capsys):
+    datasets.Dataset.from_dict({"body": LINES}).save_to_disk(str(tmp_path / "texts"))
+    out = ["--out", str(tmp_path / "out")]
+    assert prepare.main([str(tmp_path / "texts"), *out]) == 2
+    assert "--text-column: got 'text'" in capsys.readouterr().err
+    (tmp_path / "a.txt").write_text("a mat\n" * 50)
+    assert prepare.main([str(tmp_path / "a.txt"), "--tokenizer", str(tokenizer), "--end", "<eos>", *out]) == 2
+    assert "has no token '<eos>'" in capsys.readouterr().err
+    tokenizer.write_text("{")
+    assert prepare.main([str(tmp_path / "a.txt"), "--tokenizer", str(tokenizer), *out]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
