@@ -6,7 +6,7 @@ are left out; an environment that has them all, as of jax 0.10.2 (old releases p
     pip install jax==0.10.2 flax==0.12.8 equinox dm-haiku einops transformers==4.52.4
     pip install immutabledict typeguard lark clu tensorflow Pillow torch torchvision
     pip install --no-deps nanodl jvt image-classification-jax nano-moe-jax transformer-in-transformer-flax kauldron palm-jax mlp-gpt-jax \\
-        eqxvision foundax jimmy-vision jaxnn vitax penzai
+        eqxvision foundax jimmy-vision jaxnn vitax penzai esm2quinox equimo semver
 """
 
 import importlib.metadata
@@ -208,6 +208,26 @@ def vitax_vit() -> Made:
     return nnx_model(model, images())
 
 
+def esm2() -> Made:
+    import equinox as eqx
+    from esm2quinox import ESM2
+
+    model = ESM2(num_layers=2, embed_size=D, num_heads=2, token_dropout=True, key=jax.random.key(0))
+    arrays, rest = eqx.partition(model, eqx.is_array)
+    return lambda m, t: jax.vmap(lambda s: eqx.combine(m, rest)(s).logits)(t), arrays, (tokens() + 4,)
+
+
+def equimo_vit() -> Made:
+    from equimo.models import VisionTransformer
+
+    model = VisionTransformer(
+        img_size=16, in_channels=3, dim=D, patch_size=8, num_heads=2, depths=[2], num_classes=3, reg_tokens=2, init_values=0.1,
+        key=jax.random.key(0),
+    )  # fmt: skip
+    fn = lambda m, x: jax.vmap(lambda i: m(i, key=jax.random.key(1), inference=True))(x)  # noqa: E731
+    return fn, model, (images().transpose(0, 3, 1, 2),)
+
+
 def penzai_neox() -> Made:
     from penzai import pz
     from penzai.models.transformer.variants.gpt_neox import GPTNeoXTransformerConfig, build_gpt_neox_transformer
@@ -252,6 +272,8 @@ MODELS: list[tuple[str, str, Callable[[], Made]]] = [
     ("jaxnn", "VisionTransformer", jaxnn_vit),
     ("vitax", "VisionTransformer", vitax_vit),
     ("penzai", "GPT-NeoX", penzai_neox),
+    ("esm2quinox", "ESM2", esm2),
+    ("equimo", "VisionTransformer", equimo_vit),
 ]
 
 
