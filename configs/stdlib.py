@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.name = "stdlib"
     config.model.norm = options.read_arg(arg, norm="pre_ln")["norm"]
     config.model.update({"context": 512, "vocab_size": 256, "dtype": "bfloat16"})
-    config.model.update({"width": 512, "depth": 8, "heads": 8, "mlp_width": 2048})
+    config.model.update({"width": 512, "depth": 8, "heads": 8, "mlp_width": 2048, "scan_layers": True, "unroll": True})
     config.optimizer.update({"learning_rate": 1e-3, "final_fraction": 0.1, "warmup_steps": 200})
     config.train.update({"steps": 3000, "batch_size": 32, "eval_batch_size": 64, "eval_examples": 512})
     config.train.update({"log_every": 20, "eval_every": 200, "checkpoint_every": 500})
