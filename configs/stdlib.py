@@ -3,8 +3,8 @@
 Command:  python train.py --config=configs/stdlib.py:norm=pre_rmsnorm
 Hardware: one GPU, bfloat16.
 Time:     3 minutes on one H200 that six such runs share, with evaluations and checkpoints (JAX 0.11.2).
-Result:   1.033 bits per byte on held-out files (Python 3.12's library), 1.035 with another seed; docs/learning.md has the variants. Twice as
-          many steps overfit.
+Result:   1.033 bits per byte on held-out files (Python 3.12's library), 1.035 with another seed; docs/learning.md has the variants.
+          Twice as many steps overfit.
 """
 
 from ml_collections import ConfigDict

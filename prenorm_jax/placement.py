@@ -60,12 +60,12 @@ def fitted(place: Place, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Pa
     """How an array of this shape is split: as `place` says, less the mesh axes that do not divide theirs.
 
     >>> sizes = {"data": 1, "fsdp": 4, "tensor": 2}
-    >>> fitted(COLUMNS, (12, 7, 16), sizes)
-    PartitionSpec(None, None, ('tensor', 'fsdp'))
-    >>> fitted(COLUMNS, (7, 10), sizes)
-    PartitionSpec(None, 'tensor')
-    >>> fitted(TABLE, (10, 8), sizes)
-    PartitionSpec('tensor', 'fsdp')
+    >>> tuple(fitted(COLUMNS, (12, 7, 16), sizes))
+    (None, None, ('tensor', 'fsdp'))
+    >>> tuple(fitted(COLUMNS, (7, 10), sizes))
+    (None, 'tensor')
+    >>> tuple(fitted(TABLE, (10, 8), sizes))
+    ('tensor', 'fsdp')
     """
     return max((_fitted(spec, shape, sizes) for spec in place), key=lambda spec: parts(spec, sizes))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prenorm_jax import placement
-from prenorm_jax.models import blocks
+from prenorm_jax.models import blocks, layers
 from prenorm_jax.models.config import GPTConfig
 from prenorm_jax.models.variants import variant
 
@@ -29,16 +29,16 @@ class GPT(nnx.Module):
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         this = variant(config)
         lanes, dtype = this.lanes(config.width), config.param_dtype
-        self.embed = blocks.Table(config.padded_vocab, config.width if config.tied else lanes, dtype, rngs=rngs)
-        self.position = blocks.Table(config.context, lanes, dtype, rngs=rngs)
+        self.embed = layers.Table(config.padded_vocab, config.width if config.tied else lanes, dtype, rngs=rngs)
+        self.position = layers.Table(config.context, lanes, dtype, rngs=rngs)
         self.blocks = blocks.blocks(config, this, causal=True, rngs=rngs)
         if config.tied:
-            self.norm: Any = blocks.Affine(config.width, dtype, bias=config.bias)
+            self.norm: Any = layers.Affine(config.width, dtype, bias=config.bias)
         else:
-            self.norm = blocks.Norm(config, this)
-            bias = blocks.reader_bias(config, this, config.head_bias)
-            self.head = blocks.Linear(
-                lanes, config.padded_vocab, bias=bias, init=blocks.normal(0.02), dtype=dtype, rngs=rngs
+            self.norm = layers.Norm(config, this)
+            bias = layers.reader_bias(config, this, config.head_bias)
+            self.head = layers.Linear(
+                lanes, config.padded_vocab, bias=bias, init=layers.normal(0.02), dtype=dtype, rngs=rngs
             )
         self.config = config
 

@@ -9,7 +9,8 @@ import numpy as np
 from flax import nnx
 
 from prenorm_jax import placement
-from prenorm_jax.models import blocks
+from prenorm_jax.models import blocks, layers
+from prenorm_jax.models.attention import even_length
 from prenorm_jax.models.config import ViTConfig
 from prenorm_jax.models.variants import variant
 
@@ -22,7 +23,7 @@ class Patches(nnx.Module):
     def __init__(self, config: ViTConfig, lanes: int, *, rngs: nnx.Rngs):
         size, dtype = config.patch_size, jnp.dtype(config.param_dtype)
         shape = (size, size, config.channels, lanes)
-        self.kernel = nnx.Param(blocks.normal((size * size * config.channels) ** -0.5)(rngs.params(), shape, dtype))
+        self.kernel = nnx.Param(layers.normal((size * size * config.channels) ** -0.5)(rngs.params(), shape, dtype))
         self.bias = nnx.Param(jnp.zeros((lanes,), dtype))
 
     def __call__(self, images: Array) -> Array:
@@ -56,17 +57,17 @@ class ViT(nnx.Module):
         self.patch = Patches(config, lanes, rngs=rngs)
         setattr(self, "class", Token(lanes, dtype) if config.has_class_token else None)
         self.distilled = Token(lanes, dtype) if config.distilled != "none" else None
-        self.registers = blocks.Table(config.registers, lanes, dtype, rngs=rngs) if config.registers else None
+        self.registers = layers.Table(config.registers, lanes, dtype, rngs=rngs) if config.registers else None
         learned = config.positions == "learned"
-        self.position = blocks.Table(config.position_rows, lanes, dtype, rngs=rngs) if learned else None
+        self.position = layers.Table(config.position_rows, lanes, dtype, rngs=rngs) if learned else None
         self.blocks = blocks.blocks(config, this, causal=False, rngs=rngs)
         reads = bool(config.final_readers)
-        self.norm: Any = blocks.Norm(config, this) if reads else blocks.Affine(config.width, dtype, bias=config.bias)
-        linear = functools.partial(blocks.Linear, init=blocks.normal(0.02), dtype=dtype, rngs=rngs)
+        self.norm: Any = layers.Norm(config, this) if reads else layers.Affine(config.width, dtype, bias=config.bias)
+        linear = functools.partial(layers.Linear, init=layers.normal(0.02), dtype=dtype, rngs=rngs)
         own = {"head_mean": False}  # the bias of `head` is there already
         for name in config.final_readers:
             outputs = config.pre_logits or config.classes
-            setattr(self, name, linear(lanes, outputs, bias=blocks.reader_bias(config, this, own.get(name, True))))
+            setattr(self, name, linear(lanes, outputs, bias=layers.reader_bias(config, this, own.get(name, True))))
         if config.head and config.pre_logits:
             self.head = linear(config.pre_logits, config.classes)
         self.config = config
@@ -92,7 +93,7 @@ class ViT(nnx.Module):
             x = jnp.concatenate([jnp.broadcast_to(rows, (batch, *rows.shape[1:])), x], axis=1)
         x = (x + self._positions()[None]).astype(config.dtype)
 
-        tokens, length = config.tokens, blocks.even_length(config, config.tokens)
+        tokens, length = config.tokens, even_length(config, config.tokens)
         x = jnp.pad(x, [(0, 0), (0, length - tokens), (0, 0)]).reshape(batch * length, -1)
         seen = tokens if length > tokens else None
         x, states, _ = blocks.run(

@@ -45,8 +45,9 @@ _verdicts: dict[str, str] = {}
 
 
 def enters(eqn: Any) -> bool:
-    """Whether a custom derivative call is to be replaced by its function: it subtracts a mean, and its rule is the true derivative."""
-    return _subtracts_a_mean(eqn) and not refusal(eqn)
+    """Whether a custom derivative call is to be replaced by its function: it subtracts a mean, or hands on what it was given (to several
+    readers, say), and its rule is the true derivative."""
+    return (_hands_on(eqn) or _subtracts_a_mean(eqn)) and not refusal(eqn)
 
 
 def refusal(eqn: Any) -> str:
@@ -68,14 +69,22 @@ def refusal(eqn: Any) -> str:
     return _verdicts[key]
 
 
+def _hands_on(eqn: Any) -> bool:
+    return not _body(eqn)[0].eqns
+
+
 def _subtracts_a_mean(eqn: Any) -> bool:
     program = normalize(jax.make_jaxpr(_function_of(eqn))(*_shapes(eqn.invars)), lambda _: True)
     flow = Flow(program)
     return bool(find_sites(flow, Shifts(flow)))
 
 
+def _body(eqn: Any) -> tuple[Any, list]:
+    return sub_program(eqn.params, next(k for k in ("call_jaxpr", "fun_jaxpr") if k in eqn.params))
+
+
 def _function_of(eqn: Any) -> Any:
-    body, consts = sub_program(eqn.params, next(k for k in ("call_jaxpr", "fun_jaxpr") if k in eqn.params))
+    body, consts = _body(eqn)
     return lambda *args: jax.core.eval_jaxpr(body, consts, *args)
 
 

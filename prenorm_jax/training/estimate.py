@@ -115,13 +115,13 @@ def _at_depth(experiment: Experiment, depth: int) -> dict[str, float]:
     import jax
 
     from prenorm_jax import placement
-    from prenorm_jax.models import blocks
+    from prenorm_jax.models import attention as attending
     from prenorm_jax.training import sharding
     from prenorm_jax.training.optimizer import make_optimizer
     from prenorm_jax.training.step import abstract_state, make_train_step
     from prenorm_jax.training.tasks import task_of
 
-    blocks.attend = _attention_without_scores  # in this process, which does nothing else
+    attending.attend = _attention_without_scores  # in this process, which does nothing else
     model = dataclasses.replace(experiment.model, depth=depth, scan_layers=False, unroll=False)
     settings, task, mesh = experiment.train, task_of(experiment), sharding.make_mesh(experiment.mesh)
     tx = make_optimizer(experiment.optimizer, settings.steps)
@@ -248,7 +248,8 @@ def table(found: list[dict[str, Any]]) -> str:
 def against_compiled(found: list[dict[str, Any]], folder: pathlib.Path) -> str:
     """Markdown: rows of one device beside what XLA's program for an accelerator needs, where a study in `folder` has measured it."""
     lines = ["| model | batch | estimated | compiled | ratio |", "|---" * 5 + "|"]
-    entries = [entry for path in sorted(folder.glob("*.json")) for entry in json.loads(path.read_text())["entries"]]
+    studies = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    entries = [entry for study in studies for entry in study.get("entries", [])]
     for row in found:
         for entry in entries:
             name = row["model"].partition(",")[0]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prenorm_jax.models.blocks import attend
+from prenorm_jax.models.attention import attend
 
 
 def main():

@@ -13,7 +13,7 @@ from flax import nnx
 import prenorm_jax as pn
 from prenorm_jax import models, norms
 from prenorm_jax.models import GPT_SIZES, VIT_SIZES, GPTConfig, ViTConfig, gpt_config, vit_config
-from prenorm_jax.models.blocks import attend
+from prenorm_jax.models.attention import attend
 
 VARIANTS = {
     "pre_rmsnorm": {"norm": "pre_rmsnorm"},

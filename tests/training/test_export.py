@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from prenorm_jax.models import blocks
+from prenorm_jax.models import attention
 from prenorm_jax.training import export
 
 SMALL = {"width": 64, "depth": 1, "heads": 2, "mlp_width": 128}
@@ -27,7 +27,7 @@ def test_what_a_tpu_has_no_rule_for_is_found(monkeypatch, capsys):
     def attend(q, k, v, **_):
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
-    monkeypatch.setattr(blocks, "attend", attend)
+    monkeypatch.setattr(attention, "attend", attend)
     one = next(export.shipped(("S/16",), **SMALL, image_size=32))
     monkeypatch.setattr(export, "shipped", lambda **_: [one])
     assert export.main([]) == 1

@@ -69,7 +69,7 @@ def test_plain_lines_where_there_is_no_terminal(run):
     lines = output.splitlines()
     assert lines[0].startswith("stdlib: ")
     assert "parameters in pre_ln coordinates" in lines[0]
-    row = r"step 7/12  loss [\d.]+  lr [\d.]+  gradient norm [\d.]+  main-branch mean \S+  [\d,]+ tokens/s  0:00:\d\d left"
+    row = r"step 7/12  loss [\d.]+  lr [\d.]+  gradient norm [\d.]+  main-branch mean \S+  [\d,]+ tokens/s  \d:\d\d:\d\d left"
     assert any(re.fullmatch(row, line) for line in lines), lines
     assert lines[-1].startswith("step 12/12  held out: loss")
 

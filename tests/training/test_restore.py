@@ -20,6 +20,9 @@ from prenorm_jax.training import charts, checkpoints, data, items, loop, metrics
 from prenorm_jax.training.experiment import Experiment, Mesh
 from prenorm_jax.training.fingerprints import fingerprint
 
+# Where a file of a checkpoint can't be read, TensorStore's threads report to an event loop that Orbax has closed by then.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def train(experiment, workdir):
     console = rich.console.Console(file=io.StringIO(), width=300)

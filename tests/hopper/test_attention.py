@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from prenorm_jax import placement
-from prenorm_jax.models import blocks, hopper
+from prenorm_jax.hopper import attention as hopper
+from prenorm_jax.models import attention
 from prenorm_jax.training import sharding
 from prenorm_jax.training.experiment import Mesh
 
@@ -94,7 +95,7 @@ def test_what_the_kernels_do_not_take_is_refused():
         with pytest.raises(ValueError, match=r"expected one shape \(batch, rows, heads, 64\) with 64 to 200 rows"):
             hopper.attend(wrong, wrong, wrong, wrong.shape[1])
     with pytest.raises(ValueError, match="for causal attention choose auto"):
-        blocks.attend(q, q, q, causal=True, implementation="hopper")
+        attention.attend(q, q, q, causal=True, implementation="hopper")
 
 
 def on_a_mesh(kernel):

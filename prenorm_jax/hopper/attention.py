@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from prenorm_jax import placement
+from prenorm_jax import hopper
 
 Array = jax.Array
 
@@ -31,14 +31,9 @@ BLOCK = 64  # rows of a product
 
 def served(dtype: Any, head_width: int, queries: int, keys: int) -> bool:
     """Whether these kernels can attend, on the devices of the mesh in force, or on this process's one."""
-    if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
-        return False
-    if jax.device_count() > 1 and not placement.sizes():
-        return False  # what XLA splits by itself, without a mesh to tell the kernel how, would fail here
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     short = queries == keys and LENGTHS[0] <= keys <= LENGTHS[1]
-    capability = getattr(jax.devices()[0], "compute_capability", "")
-    return half and head_width == HEAD_WIDTH and short and capability == "9.0"
+    return half and head_width == HEAD_WIDTH and short and hopper.available()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -80,7 +75,7 @@ def _forward(q: Array, k: Array, v: Array, length: int, interpret: Any) -> tuple
     """Attention, and the base-2 logarithms (B, H, L) of the sums of exponentials, float32."""
     batch, rows, heads, width = q.shape
     scale = math.log2(math.e) / math.sqrt(width)
-    pallas, gpu = _pallas()
+    pallas, gpu = hopper.pallas()
     # V comes first: what follows it are numbers as well.
     v_at, q_at, k_at, out_at = (rows * table for table in range(4))
     chunks = list(_chunks(rows, 64))
@@ -142,7 +137,7 @@ def _backward(
     dQ = dS K / sqrt(K), dK = dS^T Q / sqrt(K), dV = P^T dO."""
     batch, rows, heads, width = q.shape
     scale = math.log2(math.e) / math.sqrt(width)
-    pallas, gpu = _pallas()
+    pallas, gpu = hopper.pallas()
     delta = jnp.einsum("blhk,blhk->bhl", out.astype(jnp.float32), dout.astype(jnp.float32))
     # V comes last: no product sums over its rows.
     k_at, q_at, dout_at, v_at, gradient_at = (rows * table for table in range(5))
@@ -236,17 +231,9 @@ def _backward(
     )(q, k, v, dout, log_sums, delta)
 
 
-def _pallas() -> tuple[Any, Any]:
-    # Imported where it is used: other backends, and older versions of jax, never see it.
-    from jax.experimental import pallas
-    from jax.experimental.pallas import mosaic_gpu
-
-    return pallas, mosaic_gpu
-
-
 def _launch(batch: int, heads: int, interpret: Any) -> dict[str, Any]:
     """One warpgroup for every head of every example."""
-    _, gpu = _pallas()
+    _, gpu = hopper.pallas()
     return {
         "grid": (heads, batch),
         "grid_names": ("heads", "batch"),
@@ -259,7 +246,7 @@ def _launch(batch: int, heads: int, interpret: Any) -> dict[str, Any]:
 
 def _tables(rows: int, width: int, dtype: Any, swizzle: int) -> Any:
     """Shared memory that products read: tiles of 8 rows of `swizzle` bytes."""
-    _, gpu = _pallas()
+    _, gpu = hopper.pallas()
     tiles = gpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
     return gpu.SMEM((rows, width), dtype, transforms=(tiles, gpu.SwizzleTransform(swizzle)))
 
@@ -280,7 +267,7 @@ def _chunks(rows: int, multiple: int) -> Iterator[tuple[int, int]]:
 
 
 def _zeros(width: int) -> Array:
-    _, gpu = _pallas()
+    _, gpu = hopper.pallas()
     return gpu.layout_cast(jnp.zeros((BLOCK, width), jnp.float32), gpu.Layout.WGMMA)
 
 
@@ -306,5 +293,5 @@ def _where_row_seen(values: Array, start: int, length: int) -> Array:
 
 
 def _indices(values: Array, axis: int) -> Array:
-    _, gpu = _pallas()
+    _, gpu = hopper.pallas()
     return gpu.broadcasted_iota(jnp.int32, values.shape, axis, layout=gpu.Layout.WGMMA)

@@ -1,0 +1,155 @@
+"""Multi-head attention, and which of its kernels serves.
+
+Shapes: B batch, L tokens, N = B L, D nominal width, R lanes of the main branch, H heads, K head width, T cached tokens.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prenorm_jax import placement
+from prenorm_jax.hopper import attention as hopper
+from prenorm_jax.models.config import ATTENTIONS, Transformer, require_one_of
+from prenorm_jax.models.layers import Linear, Written, normal, reader_bias, shared
+from prenorm_jax.models.variants import Variant
+
+Array = jax.Array
+
+
+class Attention(nnx.Module):
+    """Multi-head attention from a normalised main branch to what it writes: (N, R) -> (N, R)."""
+
+    def __init__(self, config: Transformer, variant: Variant, *, causal: bool, layers: tuple[int, ...], rngs: nnx.Rngs):
+        linear = functools.partial(Linear, layers=layers, dtype=config.param_dtype, rngs=rngs)
+        lanes = variant.lanes(config.width)
+        bias = reader_bias(config, variant, config.bias and config.qkv_bias)
+        self.query = linear(lanes, config.width, bias=bias)
+        self.key = linear(lanes, config.width, bias=bias)
+        self.value = linear(lanes, config.width, bias=bias)
+        init = normal(1 / math.sqrt(2 * config.depth * config.width))
+        self.out = linear(config.width, lanes, bias=config.bias, init=init, stored=placement.ROWS)
+        self.heads, self.causal, self.implementation = config.heads, causal, config.attention
+
+    @jax.named_scope("attention")
+    def __call__(
+        self, n: Array, batch: int, cache: Any = None, position: Array | int = 0, length: int | None = None
+    ) -> tuple[Written, Any]:
+        """Returns what it writes and, where a cache {"key", "value"} of (B, T, H, K) is given, that cache with these tokens in it.
+
+        Of each sequence the first `length` tokens are seen, or all of them.
+        """
+        readers = (self.query, self.key, self.value)
+        q, k, v = (
+            reader(share).reshape(batch, -1, self.heads, reader.kernel.shape[-1] // self.heads)
+            for reader, share in zip(readers, shared(n, len(readers)), strict=True)
+        )
+        if cache is None:
+            y = attend(q, k, v, causal=self.causal, length=length, implementation=self.implementation)
+        else:
+            cache = {
+                name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), position, axis=1)
+                for name, new in (("key", k), ("value", v))
+            }
+            seen = jnp.arange(cache["key"].shape[1])[None, :] <= position + jnp.arange(q.shape[1])[:, None]
+            y = attend(q, cache["key"], cache["value"], mask=seen[None, None], implementation="xla")
+        return self.out.apart(y.reshape(n.shape[0], -1)), cache
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    mask: Array | None = None,
+    length: int | None = None,
+    implementation: str = "auto",
+) -> Array:
+    """softmax(q k^T / sqrt(K)) v for q (B, L, H, K) and k, v (B, T, H, K), the softmax in float32 or wider.
+
+    Args:
+      mask: (1 or B, 1 or H, L, T) bool, True where a key may be seen; "xla" alone takes one.
+      length: how many keys of each sequence may be seen, from the first on; None: all.
+      implementation: one of `ATTENTIONS`.
+    """
+    plain = mask is None and not causal
+    kernel = attention_kernel(implementation, q.dtype, q.shape[-1], *((q.shape[1], k.shape[1]) if plain else ()))
+    if kernel == "hopper" and not plain:
+        raise ValueError(
+            "model.attention: hopper's kernels see every key; for causal attention choose auto, cudnn or xla"
+        )
+    if kernel != "xla":
+        return _attend_on_even_rows(kernel, q, k, v, causal=causal, length=length)
+    if length is not None:
+        seen = (jnp.arange(k.shape[1]) < length)[None, None, None]
+        mask = seen if mask is None else mask & seen
+    if q.dtype == jnp.float64:
+        return _attend_in_float64(q, k, v, causal=causal, mask=mask)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
+
+
+def attention_kernel(implementation: str, dtype: Any, head_width: int, *lengths: int) -> str:
+    """What one of `ATTENTIONS` comes to: "auto" is hopper where it serves (see `hopper.served`), else cudnn where that does (a GPU,
+    bfloat16 or float16, a head width of a multiple of 8 up to 128), else xla.
+
+    Args:
+      lengths: of queries and keys, where every query may see the same keys.
+    """
+    require_one_of("model.attention", implementation, ATTENTIONS)
+    if implementation != "auto":
+        return implementation
+    if lengths and hopper.served(dtype, head_width, *lengths):
+        return "hopper"
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    served = half and head_width % 8 == 0 and head_width <= 128 and jax.default_backend() == "gpu"
+    return "cudnn" if served else "xla"
+
+
+# What a sequence's length has to be a multiple of. cuDNN differentiates even ones only.
+MULTIPLES = {"xla": 1, "cudnn": 2, "hopper": hopper.ROWS}
+
+
+def even_length(config: Transformer, length: int) -> int:
+    """The length to run sequences of `length` tokens with: one that the attention's kernel takes (`MULTIPLES`). The 197 tokens of a ViT
+    take a few more, which nobody sees. Adding them once costs a share of their number; in each attention it costs a third of it."""
+    multiple = MULTIPLES[attention_kernel(config.attention, config.dtype, config.head_width, length, length)]
+    return -(-length // multiple) * multiple
+
+
+def _attend_on_even_rows(kernel: str, q: Array, k: Array, v: Array, *, causal: bool, length: int | None) -> Array:
+    queries = q.shape[1]
+    multiple = MULTIPLES[kernel]
+    if queries % multiple:
+        length = k.shape[1] if length is None else length
+        q, k, v = (jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)]) for x in (q, k, v))
+    # The queries behind `length` attend as well: what nobody reads has to be finite all the same.
+    if kernel == "hopper":
+        attend = functools.partial(_attend_on_hopper, length=k.shape[1] if length is None else length)
+    else:
+        attend = functools.partial(_attend_in_cudnn, causal=causal, length=length)
+    return placement.on_each_device(attend, (q, k, v), (placement.HEADS,) * 3, placement.HEADS)[:, :queries]
+
+
+def _attend_on_hopper(q: Array, k: Array, v: Array, *, length: int) -> Array:
+    return hopper.attend(q, k, v, length)
+
+
+def _attend_in_cudnn(q: Array, k: Array, v: Array, *, causal: bool, length: int | None) -> Array:
+    lengths = None if length is None else jnp.full((len(q),), length, jnp.int32)
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+
+
+def _attend_in_float64(q: Array, k: Array, v: Array, *, causal: bool, mask: Array | None) -> Array:
+    """`attend` written out: jax.nn's takes its softmax in float32 whatever the dtype."""
+    scores = jnp.einsum("blhk,bthk->bhlt", q, k) / math.sqrt(q.shape[-1])
+    if causal:
+        seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None]
+        mask = seen if mask is None else mask & seen
+    weights = jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhlt,bthk->blhk", weights, v)
