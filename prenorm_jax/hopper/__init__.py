@@ -4,7 +4,6 @@ Each has a plain form beside it that computes the same and that every other back
 imported where a kernel is made: other backends, and versions of jax before 0.11, never see it.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -15,12 +14,9 @@ from prenorm_jax import placement
 def available() -> bool:
     """Whether the devices are GPUs of compute capability 9.0: those of the mesh in force (`prenorm_jax.placement`), or this process's one.
     Over several without a mesh, nothing would tell a kernel how its arguments are split."""
-    return _is_made_for_this() and (jax.device_count() == 1 or bool(placement.sizes()))
-
-
-@functools.cache
-def _is_made_for_this() -> bool:
     if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
+        return False
+    if jax.device_count() > 1 and not placement.sizes():
         return False
     return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 
