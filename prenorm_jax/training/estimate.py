@@ -18,6 +18,7 @@ Layers are alike, so all of these are a constant and a share for each layer: a m
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -26,6 +27,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from prenorm_jax import models
@@ -115,19 +117,18 @@ def _at_depth(experiment: Experiment, depth: int) -> dict[str, float]:
     import jax
 
     from prenorm_jax import placement
-    from prenorm_jax.models import attention as attending
     from prenorm_jax.training import sharding
     from prenorm_jax.training.optimizer import make_optimizer
     from prenorm_jax.training.step import abstract_state, make_train_step
     from prenorm_jax.training.tasks import task_of
 
-    attending.attend = _attention_without_scores  # in this process, which does nothing else
     model = dataclasses.replace(experiment.model, depth=depth, scan_layers=False, unroll=False)
     settings, task, mesh = experiment.train, task_of(experiment), sharding.make_mesh(experiment.mesh)
     tx = make_optimizer(experiment.optimizer, settings.steps)
     state, batch = abstract_state(model, tx, settings.coordinates), _batch(model, settings.batch_size)
     step = make_train_step(model, task, tx, coordinates=settings.coordinates, accumulate=settings.accumulate, mesh=mesh)
-    compiled = step.lower(state, batch).compile()  # type: ignore[attr-defined]
+    with _attention_without_scores():
+        compiled = step.lower(state, batch).compile()  # type: ignore[attr-defined]
 
     def forward_half(running: Any, batch: Any) -> Any:
         def loss(running: Any) -> jax.Array:
@@ -142,7 +143,10 @@ def _at_depth(experiment: Experiment, depth: int) -> dict[str, float]:
     running = models.abstract(model)
     places = sharding.param_shardings(running, model, mesh)
     micro = _batch(model, settings.batch_size // settings.accumulate)
-    half = jax.jit(forward_half, in_shardings=(places, sharding.batch_sharding(mesh))).lower(running, micro).compile()
+    with _attention_without_scores():
+        half = (
+            jax.jit(forward_half, in_shardings=(places, sharding.batch_sharding(mesh))).lower(running, micro).compile()
+        )
     analysis: Any = half.memory_analysis()
     gradients = sum(
         math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -163,7 +167,20 @@ def _at_depth(experiment: Experiment, depth: int) -> dict[str, float]:
     }
 
 
-def _attention_without_scores(q: Any, k: Any, v: Any, **_: Any) -> Any:
+@contextlib.contextmanager
+def _attention_without_scores() -> Iterator[None]:
+    """Models that are traced in here attend by `_attend_without_scores`."""
+    from prenorm_jax.models import attention
+
+    attend = attention.attend
+    attention.attend = _attend_without_scores
+    try:
+        yield
+    finally:
+        attention.attend = attend
+
+
+def _attend_without_scores(q: Any, k: Any, v: Any, **_: Any) -> Any:
     """What a fused kernel keeps: queries, keys, values, the result, and a number a row. The arithmetic means nothing."""
     import jax
 

@@ -9,6 +9,7 @@ import jax
 import pytest
 from trajectories import GPT
 
+from prenorm_jax.models import attention
 from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training import estimate, sharding
 from prenorm_jax.training.experiment import Experiment, Mesh, Optimizer, Train
@@ -27,7 +28,9 @@ def experiment(**fields):
 @pytest.mark.slow
 def test_the_state_is_that_of_a_real_one_and_depth_is_extrapolated():
     this = experiment(mesh=Mesh(data=2, fsdp=2, tensor=2))
+    attend = attention.attend
     found = estimate.measure(this)  # from two and four layers
+    assert attention.attend is attend  # what stands in for it is gone
     mesh, tx = sharding.make_mesh(this.mesh), make_optimizer(this.optimizer, 10)
     expected = abstract_state(DEEP, tx, "native")
     places = sharding.state_shardings(expected, DEEP, tx, mesh)
