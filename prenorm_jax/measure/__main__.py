@@ -7,7 +7,7 @@ python -m prenorm_jax.measure time CONFIG[:ARG] --out FILE [--only WORD,...] [--
     times the works of a study, as configs/paper_*.py have them; the same command goes on where it stopped (exit status 3: works are left)
 python -m prenorm_jax.measure devices {vit,gpt} SIZE --per-device B [--devices N] [--meshes data,fsdp] [--options SET,...] [--json FILE]
     a step on N devices against one device at the same batch for each (prenorm_jax.measure.devices lists the sets of XLA's options)
-python -m prenorm_jax.measure profile {vit,gpt} SIZE --batch B [--norm N] [--basis B] [--coordinates C] [--inference] [--json FILE]
+python -m prenorm_jax.measure profile {vit,gpt} SIZE --batch B [--norm N] [--basis B] [--coordinates C] [--kind K] [--json FILE]
     a step's device time by kernel and by part of the model, beside each part's floor
 """
 
@@ -106,8 +106,10 @@ def profile_step(given: argparse.Namespace) -> int:
     # As one graph of launches, the step would be one event; the flag is read when the first device is asked for.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
     use_compilation_cache()  # but not in time_study, which times compilation
-    kind = "inference" if given.inference else "training"
-    this, form = work(given.family, given.size, given.batch, kind, given.coordinates), Form(given.norm, given.basis)
+    this, form = (
+        work(given.family, given.size, given.batch, given.kind, given.coordinates),
+        Form(given.norm, given.basis),
+    )
     kernels = profile.profile_work(this, form, given.steps)
     result = {
         "work": this.key,
@@ -197,7 +199,7 @@ def read_flags(arguments: list[str]) -> argparse.Namespace:
     flags.add_argument("--norm", choices=NORMS, default="pre_ln")
     flags.add_argument("--basis", choices=BASES, default="reflect")
     flags.add_argument("--coordinates", choices=COORDINATES, default="native")
-    flags.add_argument("--inference", action="store_true", help=f"of {' and '.join(KINDS)}, the latter")
+    flags.add_argument("--kind", choices=KINDS, default="training")
     flags.add_argument("--steps", type=int, default=3, help="traced")
     flags.add_argument("--json", type=pathlib.Path, metavar="FILE")
     return parser.parse_args(arguments)

@@ -18,6 +18,7 @@ import optax
 
 from prenorm_jax import models
 from prenorm_jax.measure.equivalence import EQUIVALENT, PRE_LN, Config, Form
+from prenorm_jax.models import generate
 from prenorm_jax.paths import Tree
 from prenorm_jax.training.step import compiler_options, init_state, make_train_step
 from prenorm_jax.training.tasks import Task
@@ -140,6 +141,19 @@ def inference_case(config: Config, running: Tree, inputs: Any) -> Case:
     carry = jnp.zeros((), jnp.float32)
     program, seconds = compiled(jax.jit(infer, compiler_options=compiler_options()), carry, running, inputs)
     return Case(lambda carry: program(carry, running, inputs), carry, program, seconds)
+
+
+def decoding_case(config: Any, running: Tree, batch: int) -> Case:
+    """The likeliest next token of `batch` sequences whose caches are full but for one place; the carry is tokens and cache."""
+    tokens, position = jnp.zeros(batch, jnp.int32), config.context - 1
+
+    def step(running: Tree, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        logits, cache = generate.decode(config, running, carry[0], position, carry[1])
+        return logits.argmax(-1).astype(jnp.int32), cache
+
+    carry = tokens, models.empty_cache(config, batch)
+    program, seconds = compiled(jax.jit(step, donate_argnums=1, compiler_options=compiler_options()), running, carry)
+    return Case(lambda carry: program(running, carry), carry, program, seconds)
 
 
 def compiled(function: Any, *arguments: Any) -> tuple[Any, float]:

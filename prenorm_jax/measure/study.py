@@ -2,7 +2,7 @@
 
 Forms of a work are compiled ahead of time and timed in turn in one process (prenorm_jax.measure.step_time), with two controls: Pre-LN once
 more, compiled by itself, and no norm. MFU is the analytic count of operations (prenorm_jax.training.counts) over the time and over the
-device's peak, by both conventions of counting attention. A batch of 1 in inference is also timed call by call.
+device's peak, by both conventions of counting attention. A batch of 1 in inference and decoding is also timed call by call.
 """
 
 import concurrent.futures
@@ -117,7 +117,7 @@ def measure(work: Work, study: Study, threads: int = 1) -> dict[str, Any]:
     calls = int(np.clip(round(study.window_seconds / pace), 3, study.latency_calls))
     single = (
         step_time.latencies(cases, rounds=study.windows, calls=calls)
-        if work.kind == "inference" and work.batch == 1
+        if work.kind != "training" and work.batch == 1
         else {}
     )
     device, (amount, unit) = counts.device(), work.per_step

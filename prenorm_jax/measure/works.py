@@ -1,4 +1,4 @@
-"""What is timed: a model of the paper's sizes at a batch, in training or inference, with parameters that cost nothing to make.
+"""What is timed: a model of the paper's sizes at a batch, in training, inference or decoding, with parameters that cost nothing to make.
 
 Speed does not ask what the weights are, so they are random numbers of the right shapes and scales, drawn on the host: no initialiser is
 compiled and no data set is read. They are never zeros or copies of one row: a GPU runs faster on those.
@@ -17,7 +17,7 @@ import optax
 
 from prenorm_jax import models
 from prenorm_jax.measure.equivalence import PRE_LN, Config, Form
-from prenorm_jax.measure.step_time import Case, inference_case, training_case
+from prenorm_jax.measure.step_time import Case, decoding_case, inference_case, training_case
 from prenorm_jax.models import GPTConfig, ViTConfig
 from prenorm_jax.models.config import require, require_one_of
 from prenorm_jax.paths import Tree
@@ -26,7 +26,7 @@ from prenorm_jax.training.experiment import COORDINATES, Optimizer
 from prenorm_jax.training.optimizer import make_optimizer
 from prenorm_jax.training.tasks import ImageClassification, LanguageModelling, Task
 
-KINDS = ("training", "inference")
+KINDS = ("training", "inference", "decoding")
 FAMILIES: dict[str, tuple[str, Callable[..., Config]]] = {
     "vit": ("ViT-", models.vit_config),
     "gpt": ("GPT ", models.gpt_config),
@@ -41,7 +41,7 @@ class Work:
       name: as tables call the model, "ViT-B/16".
       model: its config; the form is put in by `config`.
       batch: examples of a step; a GPT's are as long as its context.
-      kind: one of `KINDS`.
+      kind: one of `KINDS`; in decoding each example is a cache of its context, and a step reads one token more of each.
       coordinates: of training, "native" or "pre_ln".
     """
 
@@ -55,6 +55,8 @@ class Work:
         require_one_of("work.kind", self.kind, KINDS)
         require_one_of("work.coordinates", self.coordinates, COORDINATES)
         require(self.batch > 0, "work.batch", self.batch, "1 or more")
+        decodes = self.kind == "decoding"
+        require(not decodes or isinstance(self.model, GPTConfig), "work.kind", self.kind, "decoding for a GPT")
 
     @property
     def key(self) -> str:
@@ -67,7 +69,7 @@ class Work:
     def per_step(self) -> tuple[int, str]:
         """How much a step gets through: (images, "images") or (tokens, "tokens")."""
         if isinstance(self.model, GPTConfig):
-            return self.batch * self.model.context, "tokens"
+            return self.batch * (1 if self.kind == "decoding" else self.model.context), "tokens"
         return self.batch, "images"
 
     @property
@@ -82,10 +84,10 @@ class Work:
         return form.of(self.model)
 
     def params(self, form: Form) -> Tree:
-        """Random parameters of a form: in training those that are trained, in the work's coordinates and the parameters' dtype; in
-        inference those that it runs with, in the computation's."""
+        """Random parameters of a form: in training those that are trained, in the work's coordinates and the parameters' dtype;
+        else those that it runs with, in the computation's."""
         config = self.config(form)
-        if self.kind == "inference":
+        if self.kind != "training":
             return random_params(_narrow(models.abstract(config), config.dtype))
         shapes = models.abstract(PRE_LN.of(self.model))
         if self.coordinates == "native":
@@ -108,15 +110,15 @@ class Work:
         params = self.params(form) if params is None else params
         if self.kind == "inference":
             return inference_case(self.config(form), params, self.data()["inputs"])
+        if self.kind == "decoding":
+            return decoding_case(self.config(form), params, self.batch)
         return training_case(
             self.config(form), params, self.task, optimizer(), self.data(), coordinates=self.coordinates
         )
 
     def operations(self, form: Form) -> list[counts.Operation]:
         """What a step in a form has to do."""
-        return counts.operations(
-            self.config(form), self.batch, training=self.kind == "training", coordinates=self.coordinates
-        )
+        return counts.operations(self.config(form), self.batch, kind=self.kind, coordinates=self.coordinates)
 
 
 def work(family: str, size: str, batch: int, kind: str, coordinates: str = "native", **fields: Any) -> Work:

@@ -38,7 +38,7 @@ class Attention(nnx.Module):
     def __call__(
         self, n: Array, batch: int, cache: Any = None, position: Array | int = 0, length: int | None = None
     ) -> tuple[Written, Any]:
-        """Returns what it writes and, where a cache {"key", "value"} of (B, T, H, K) is given, that cache with these tokens in it.
+        """Returns what it writes and, where a cache {"key", "value"} of (B, H, T, K) is given, that cache with these tokens in it.
 
         Of each sequence the first `length` tokens are seen, or all of them.
         """
@@ -47,15 +47,18 @@ class Attention(nnx.Module):
             reader(share).reshape(batch, -1, self.heads, reader.kernel.shape[-1] // self.heads)
             for reader, share in zip(readers, shared(n, len(readers)), strict=True)
         )
-        if cache is None:
-            y = attend(q, k, v, causal=self.causal, length=length, implementation=self.implementation)
-        else:
+        if cache is not None:
             cache = {
-                name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), position, axis=1)
+                name: jax.lax.dynamic_update_slice_in_dim(
+                    cache[name], new.swapaxes(1, 2).astype(cache[name].dtype), position, axis=2
+                )
                 for name, new in (("key", k), ("value", v))
             }
-            seen = jnp.arange(cache["key"].shape[1])[None, :] <= position + jnp.arange(q.shape[1])[:, None]
-            y = attend(q, cache["key"], cache["value"], mask=seen[None, None], implementation="xla")
+        if cache is None or (isinstance(position, int) and position == 0):  # nothing comes before these tokens
+            y = attend(q, k, v, causal=self.causal, length=length, implementation=self.implementation)
+        else:
+            seen = jnp.arange(cache["key"].shape[2])[None, :] <= position + jnp.arange(q.shape[1])[:, None]
+            y = _attend_written_out(q, cache["key"], cache["value"], seen[None, None])
         return self.out.apart(y.reshape(n.shape[0], -1)), cache
 
 
@@ -87,8 +90,11 @@ def attend(
     if length is not None:
         seen = (jnp.arange(k.shape[1]) < length)[None, None, None]
         mask = seen if mask is None else mask & seen
-    if q.dtype == jnp.float64:
-        return _attend_in_float64(q, k, v, causal=causal, mask=mask)
+    if q.dtype == jnp.float64:  # jax.nn's takes its softmax in float32 whatever the dtype
+        if causal:
+            seen = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))[None, None]
+            mask = seen if mask is None else mask & seen
+        return _attend_written_out(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
 
 
@@ -145,11 +151,9 @@ def _attend_in_cudnn(q: Array, k: Array, v: Array, *, causal: bool, length: int 
     )
 
 
-def _attend_in_float64(q: Array, k: Array, v: Array, *, causal: bool, mask: Array | None) -> Array:
-    """`attend` written out: jax.nn's takes its softmax in float32 whatever the dtype."""
-    scores = jnp.einsum("blhk,bthk->bhlt", q, k) / math.sqrt(q.shape[-1])
-    if causal:
-        seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None]
-        mask = seen if mask is None else mask & seen
+def _attend_written_out(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """`attend` as its formula, for keys and values of (B, H, T, K), as a cache has them."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("blhk,bhtk->bhlt", q, k, preferred_element_type=wide) / math.sqrt(q.shape[-1])
     weights = jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bhlt,bthk->blhk", weights, v)
+    return jnp.einsum("bhlt,bhtk->blhk", weights.astype(v.dtype), v)

@@ -136,7 +136,8 @@ def run(
     """Runs all blocks on the main branch x (N, R).
 
     Args:
-      cache: {"key", "value"} of (depth, B, T, H, K), or None; `position` is where in T these tokens begin.
+      cache: {"key", "value"} of (B, H, T, K) for each block, in a list, or stacked where the blocks run in one loop; or None.
+        `position` is where in T these tokens begin.
       length: how many tokens of each sequence attention sees, from the first on; None: all.
       remat: None, or one of `REMAT_SAVES`: what the backward pass finds of each block; it recomputes the rest.
       branch_scales: (B, depth, 2), what the attention and the MLP of each block write is multiplied by, or None.
@@ -172,9 +173,9 @@ def run(
         layers = [nnx.split(block) for block in blocks]
     states, caches, written = [], [], NOTHING
     for index, (graph, state) in enumerate(layers):  # noqa: B007
-        of_layer = jax.tree.map(lambda leaf, i=index: leaf[i], (cache, scales))
+        of_layer = tuple(None if each is None else each[index] for each in (cache, scales))
         before, x, written, layer_cache = step(x, written, (state, *of_layer))
         states.append(before)
         caches.append(layer_cache)
     last = add(x, written)
-    return last, jnp.stack([*states, last]), jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+    return last, jnp.stack([*states, last]), None if cache is None else caches

@@ -1,6 +1,13 @@
-"""Text from a GPT, one token at a time, with a cache of the keys and values: the same in every variant."""
+"""Text from a GPT, one token at a time, with a cache of the keys and values: the same in every variant.
+
+`generate` is one compiled program. Who chooses tokens otherwise, or serves them as they come, has its two halves:
+
+    logits, cache = prefill(config, params, prompt)                       # (B, V), once a prompt
+    logits, cache = decode(config, params, token, position, cache)        # (B, V), once a token; the cache stays where it is in memory
+"""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,28 +52,49 @@ def generate(
     return _generate(config, params, prompt, keys, temperature, top_k)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def prefill(config: GPTConfig, params: Tree, prompt: Array) -> tuple[Array, Any]:
+    """Reads prompts (B, L), all of one length. Returns the logits (B, vocab_size) of what follows, and the cache that holds them.
+
+    Args:
+      params: running parameters (`models.running`), fastest in config.dtype.
+    """
+    logits, intermediates = apply(config, params, prompt, cache=empty_cache(config, len(prompt)), only_last=True)
+    return logits[:, 0, : config.vocab_size], intermediates["cache"]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def decode(config: GPTConfig, params: Tree, token: Array, position: Array | int, cache: Any) -> tuple[Array, Any]:
+    """Reads one token more of each sequence, (B,). Returns the logits (B, vocab_size) of the next one, and the cache with the token in it.
+
+    Args:
+      position: how many tokens the cache holds, fewer than the context.
+      cache: from `prefill` or `decode`; its memory is taken.
+    """
+    logits, intermediates = apply(config, params, token[:, None], cache=cache, position=position)
+    return logits[:, 0, : config.vocab_size], intermediates["cache"]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def _generate(
     config: GPTConfig, params: Tree, prompt: Array, keys: Array, temperature: float, top_k: int | None
 ) -> Array:
-    batch, length = prompt.shape
-    choose = functools.partial(_choose, config=config, temperature=temperature, top_k=top_k)
-    logits, intermediates = apply(config, params, prompt, cache=empty_cache(config, batch))
-    first = choose(logits[:, -1], keys[0]).astype(prompt.dtype)
+    choose = functools.partial(_choose, temperature=temperature, top_k=top_k)
+    logits, cache = prefill(config, params, prompt)
+    first = choose(logits, keys[0]).astype(prompt.dtype)
 
-    def step(carry: tuple[Array, Array, Tree], key: Array) -> tuple[tuple[Array, Array, Tree], Array]:
+    def step(carry: tuple[Array, Array, Any], key: Array) -> tuple[tuple[Array, Array, Any], Array]:
         token, position, cache = carry
-        logits, intermediates = apply(config, params, token[:, None], cache=cache, position=position)
-        token = choose(logits[:, -1], key).astype(token.dtype)
-        return (token, position + 1, intermediates["cache"]), token
+        logits, cache = decode(config, params, token, position, cache)
+        token = choose(logits, key).astype(token.dtype)
+        return (token, position + 1, cache), token
 
-    _, rest = jax.lax.scan(step, (first, jnp.int32(length), intermediates["cache"]), keys[1:])
+    _, rest = jax.lax.scan(step, (first, jnp.int32(prompt.shape[1]), cache), keys[1:])
     return jnp.concatenate([prompt, first[:, None], rest.T], axis=1)
 
 
-def _choose(logits: Array, key: Array, *, config: GPTConfig, temperature: float, top_k: int | None) -> Array:
+def _choose(logits: Array, key: Array, *, temperature: float, top_k: int | None) -> Array:
     """The next token (B,) of logits (B, V)."""
-    logits = logits[:, : config.vocab_size]
     if temperature == 0:
         return jnp.argmax(logits, axis=-1)
     if top_k is None:

@@ -43,7 +43,12 @@ class GPT(nnx.Module):
         self.config = config
 
     def __call__(
-        self, tokens: Array, cache: Any = None, position: Array | int = 0, branch_scales: Array | None = None
+        self,
+        tokens: Array,
+        cache: Any = None,
+        position: Array | int = 0,
+        branch_scales: Array | None = None,
+        only_last: bool = False,
     ) -> tuple[Array, dict[str, Any]]:
         """The logits of the next token at every position.
 
@@ -52,6 +57,7 @@ class GPT(nnx.Module):
           cache: the keys and values of earlier tokens, from `empty_cache` or an earlier call, or None to attend within `tokens`.
           position: how many tokens the cache holds already.
           branch_scales: what each branch of each sample is multiplied by, (B, depth, 2), from `draw_branch_scales`; None for all ones.
+          only_last: whether of each sequence the logits of the last position alone are computed, (B, 1, padded_vocab).
 
         Returns: logits (B, L, padded_vocab), float32 or wider, of which the first vocab_size columns mean something; and
           {"main_branch": (depth + 1, B, L, R), "last": (B, L, R), its last, "cache": the cache with these tokens, or None}.
@@ -79,10 +85,11 @@ class GPT(nnx.Module):
             branch_scales=branch_scales,
             unroll=config.unroll,
         )
-        logits = self._tied_logits(x, table) if config.tied else self.head(self.norm(x))
+        read = x.reshape(batch, length, -1)[:, -1] if only_last else x
+        logits = self._tied_logits(read, table) if config.tied else self.head(self.norm(read))
         # Behind a barrier the product stores its logits in its own dtype; without, XLA has it store them wide.
         logits = jax.lax.optimization_barrier(logits)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)).reshape(batch, length, -1)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)).reshape(batch, -1, logits.shape[-1])
         x = x.reshape(batch, length, -1)
         return logits, {"main_branch": states.reshape(len(states), *x.shape), "last": x, "cache": cache}
 
@@ -91,7 +98,13 @@ class GPT(nnx.Module):
         return n @ jax.lax.optimization_barrier(table.astype(n.dtype)).T
 
 
-def empty_cache(config: GPTConfig, batch: int) -> dict[str, Array]:
-    """Keys and values of no tokens yet: {"key", "value"} of (depth, batch, context, heads, head width), in the compute dtype."""
-    shape = (config.depth, batch, config.context, config.heads, config.head_width)
-    return {"key": jnp.zeros(shape, config.dtype), "value": jnp.zeros(shape, config.dtype)}
+def empty_cache(config: GPTConfig, batch: int) -> Any:
+    """Keys and values of no tokens yet, in the compute dtype: {"key", "value"} of (batch, heads, context, head width) a layer, in a list,
+    or where layers run in one loop with these stacked, (depth, batch, ...)."""
+    shape = (batch, config.heads, config.context, config.head_width)
+
+    def empty(*layers: int) -> dict[str, Array]:
+        return {name: jnp.zeros((*layers, *shape), config.dtype) for name in ("key", "value")}
+
+    looped = config.scan_layers and not config.unroll
+    return empty(config.depth) if looped else [empty() for _ in range(config.depth)]

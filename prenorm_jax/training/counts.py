@@ -11,7 +11,7 @@ operations in either.
 
 Bytes of the other parts, each tensor read once and written once, a and p the bytes of a number of the computation and of a parameter:
 
-    attention            forward 4 M D a (q, k, v, output), backward 8 M D a (those, their gradients)
+    attention            forward 4 M D a (q, k, v, output; in decoding k and v are the cache's), backward 8 M D a (those, their gradients)
     GELU                 forward 2 M F a, backward 3 M F a
     norms and residuals  forward 2 M D a for each norm (main branch, normalised value), backward 4 M D a (main branch, gradient of the
                          value, gradient of the main branch in and out); additions ride on the products before them
@@ -83,7 +83,7 @@ class Operation:
 
 def flops_per_step(config: ViTConfig | GPTConfig, batch: int) -> float:
     """Operations that a training step on `batch` examples asks for, attention counted in full: MFU's numerator."""
-    return sum(each.full for each in operations(config, batch, training=True))
+    return sum(each.full for each in operations(config, batch))
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:
@@ -93,19 +93,22 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
 
 
 def operations(
-    config: ViTConfig | GPTConfig, batch: int, *, training: bool, coordinates: str = "native"
+    config: ViTConfig | GPTConfig, batch: int, *, kind: str = "training", coordinates: str = "native"
 ) -> list[Operation]:
     """What a step of a model on `batch` examples has to do: a forward pass, and in training the rest too.
 
     Args:
       config: of the variant that runs; a GPT sees its whole context.
+      kind: "training", "inference", or "decoding": the last token of each context, the rest of it in a cache.
       coordinates: in which it is trained.
 
-    >>> sum(each.full for each in operations(models.vit_config("B/16"), 1, training=False)) / 1e9
+    >>> sum(each.full for each in operations(models.vit_config("B/16"), 1, kind="inference")) / 1e9
     35.127...
     """
+    training = kind == "training"
     causal = isinstance(config, GPTConfig)
-    length = config.context if isinstance(config, GPTConfig) else config.tokens
+    seen = config.context if isinstance(config, GPTConfig) else config.tokens
+    length = 1 if kind == "decoding" else seen
     rows, width, depth, hidden = batch * length, config.width, config.depth, config.mlp_width
     a, p = (np.dtype(getattr(jax.numpy, name)).itemsize for name in (config.dtype, config.param_dtype))
 
@@ -123,16 +126,16 @@ def operations(
         flops = 2.0 * m * k * n * count * passes
         found.append(Operation("matrix products", flops, flops, (m * k + k * n + m * n) * a * count * passes))
 
-    pairs = batch * length * length
-    seen = batch * length * (length + 1) // 2 if causal else pairs
+    pairs = batch * length * seen
+    unmasked = batch * length * (length + 1) // 2 if causal and length == seen else pairs
     norms = 0 if config.norm == "no_norm" else 2 * depth * rows + normed
 
-    def attention(times: int, tensors: int) -> Operation:
+    def attention(times: int, moved: int) -> Operation:
         flops = 4.0 * width * depth * times
-        return Operation("attention", flops * pairs, flops * seen, tensors * rows * width * a * depth)
+        return Operation("attention", flops * pairs, flops * unmasked, moved * width * a * depth)
 
     found += [
-        attention(1, 4),
+        attention(1, 2 * rows + 2 * batch * seen),
         Operation("GELU", bytes=2 * rows * hidden * a * depth),
         Operation("norms and residuals", bytes=2 * norms * width * a),
     ]
@@ -142,7 +145,7 @@ def operations(
     mapped_back = coordinates == "pre_ln" and config.norm != "pre_ln"
     return [
         *found,
-        attention(2, 8),
+        attention(2, 8 * rows),
         Operation("GELU", bytes=3 * rows * hidden * a * depth),
         Operation("norms and residuals", bytes=4 * norms * width * a),
         Operation("loss", bytes=3 * judged * classes * a),

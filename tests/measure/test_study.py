@@ -23,6 +23,7 @@ GPT = models.GPTConfig(**SIZES, context=4, vocab_size=11, vocab_multiple=4, dtyp
 VIT = models.ViTConfig(**SIZES, image_size=4, patch_size=2, channels=1, classes=3, dtype="bfloat16")
 TRAINING = works.Work("GPT Tiny", GPT, 2, "training")
 INFERENCE = works.Work("ViT-Tiny", VIT, 1, "inference")
+DECODING = works.Work("GPT Tiny", GPT, 1, "decoding")
 FORMS = ("pre_ln", "pre_ln again", "pre_crmsnorm-reflect")
 STUDY = study.Study("tiny", (INFERENCE, TRAINING), FORMS, windows=3, window_seconds=0.001, latency_calls=2)
 
@@ -82,6 +83,21 @@ def test_the_tables_and_pictures_of_a_file(measured, tmp_path, capsys):
     pictures.roofline(known, tmp_path / "roofs.png")
 
 
+def test_decoding_is_one_token_of_each_sequence_in_the_memory_of_its_cache():
+    entry = study.measure(DECODING, STUDY)
+    assert (entry["key"], entry["per_step"]) == ("GPT Tiny, batch 1 x 4, decoding", 1)
+    assert all("latency_s" in row for row in entry["rows"].values())
+    case = DECODING.case(PRE_LN)
+    cache = sum(leaf.nbytes for leaf in jax.tree.leaves(models.empty_cache(GPT, 1)))
+    assert case.compiled.memory_analysis().alias_size_in_bytes >= cache
+    products = 2 * 1 * (4 * 8 * 8 + 2 * 8 * 16 + 8 * 12)
+    found = DECODING.operations(PRE_LN)
+    assert sum(each.full for each in found) == sum(each.causal for each in found) == products + 4 * 8 * 4
+    assert [each.bytes for each in found if each.part == "attention"] == [(2 + 2 * 4) * 8 * 2]
+    with pytest.raises(ConfigError, match=r"work\.kind: got 'decoding'; allowed: decoding for a GPT"):
+        works.Work("ViT-Tiny", VIT, 1, "decoding")
+
+
 def test_a_file_of_another_device_is_not_continued(measured, tmp_path):
     _, result = measured
     other = tmp_path / "other.json"
@@ -108,7 +124,11 @@ def test_no_work_is_begun_that_would_end_too_late(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("paper_*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted([*(ROOT / "configs").glob("paper_*.py"), ROOT / "configs/gpt_decoding.py"]),
+    ids=lambda path: path.stem,
+)
 def test_the_papers_studies(path):
     found = study.read_study(str(path))
     keys = [work.key for work in found.works]
@@ -137,14 +157,14 @@ def test_random_parameters_have_the_shapes_of_the_real_ones(form, coordinates):
 
 def test_operations_are_those_of_the_shapes():
     """Against sums written out by hand for a GPT of width 8, 4 tokens, one layer, two sequences; attention by both conventions."""
-    found = counts.operations(GPT, 2, training=True)
+    found = counts.operations(GPT, 2)
     products = 2 * 8 * (4 * 8 * 8 + 2 * 8 * 16 + 8 * 12)  # 8 rows; the vocabulary padded to 12
     assert sum(each.full for each in found) == 3 * (products + 4 * 8 * 2 * 16)
     assert sum(each.causal for each in found) == 3 * (products + 4 * 8 * 2 * 10)
     norms = [each.bytes for each in found if each.part == "norms and residuals"]
     assert norms == [2 * 3 * 8 * 8 * 2, 4 * 3 * 8 * 8 * 2]
     assert {each.part for each in found} <= {part for part, _ in profile.PARTS}
-    without = counts.operations(Form("no_norm").of(GPT), 2, training=True)
+    without = counts.operations(Form("no_norm").of(GPT), 2)
     assert sum(each.bytes for each in found) - sum(each.bytes for each in without) > sum(
         norms
     )  # the affine's parameters

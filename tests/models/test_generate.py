@@ -10,7 +10,7 @@ import pytest
 
 from prenorm_jax import models
 from prenorm_jax.models import ConfigError, GPTConfig
-from prenorm_jax.models.generate import generate
+from prenorm_jax.models.generate import decode, generate, prefill
 
 VARIANTS = {
     "pre_ln": {"norm": "pre_ln"},
@@ -65,6 +65,26 @@ def expected(random_params):
 def test_greedy_generation_is_the_argmax_of_full_passes_in_every_variant(random_params, expected, variant, tied, scan):
     config, params = setting(random_params, variant, tied=tied, scan_layers=scan)
     np.testing.assert_array_equal(generate(config, params, PROMPT, 7), expected[tied])
+
+
+@pytest.mark.parametrize("fields", [{}, {"scan_layers": True}, {"scan_layers": True, "unroll": True}], ids=str)
+@pytest.mark.parametrize("variant", ["pre_ln", "reflect packed"])
+def test_one_token_at_a_time_gives_the_logits_of_a_full_pass_and_keeps_the_cache_in_its_memory(
+    random_params, variant, fields
+):
+    config, params = setting(random_params, variant, **fields)
+    tokens = jnp.concatenate([PROMPT, PROMPT[:, ::-1], PROMPT], axis=1)
+    full = jax.jit(functools.partial(models.apply, config))(params, tokens)[0][..., : config.vocab_size]
+    logits, cache = prefill(config, params, tokens[:, :3])
+    for position in range(3, 9):
+        np.testing.assert_allclose(logits, full[:, position - 1], rtol=0, atol=1e-10)
+        before = jax.tree.leaves(cache)
+        logits, cache = decode(config, params, tokens[:, position], position, cache)
+        assert all(leaf.is_deleted() for leaf in before)
+    np.testing.assert_allclose(logits, full[:, 8], rtol=0, atol=1e-10)
+    # The control: a token at another's place.
+    logits, _ = decode(config, params, tokens[:, 8], 7, cache)
+    assert np.max(np.abs(logits - full[:, 8])) > 1e-3
 
 
 def test_the_tokens_depend_on_prompt_and_model(random_params, expected):
