@@ -9,6 +9,8 @@ python -m prenorm_jax.measure devices {vit,gpt} SIZE --per-device B [--devices N
     a step on N devices against one device at the same batch for each (prenorm_jax.measure.devices lists the sets of XLA's options)
 python -m prenorm_jax.measure profile {vit,gpt} SIZE --batch B [--norm N] [--basis B] [--coordinates C] [--kind K] [--json FILE]
     a step's device time by kernel and by part of the model, beside each part's floor
+python -m prenorm_jax.measure track {vit,gpt} SIZE --batch B [--steps N] [--json FILE]
+    the losses of the timed steps beside those of a slow reference (exit status 1: some form does not track it)
 """
 
 import argparse
@@ -21,7 +23,7 @@ from typing import Any
 
 import jax
 
-from prenorm_jax.measure import devices, profile, study
+from prenorm_jax.measure import devices, profile, study, tracking
 from prenorm_jax.measure.equivalence import Form, Report
 from prenorm_jax.measure.works import FAMILIES, KINDS, work
 from prenorm_jax.models.config import BASES, NORMS, ConfigError
@@ -61,6 +63,8 @@ def tables(result: dict[str, Any]) -> list[str]:
         return [estimate.table(result["estimates"]), compiled]
     if "on_devices" in result:
         return [devices.table(each) for each in result["on_devices"]]
+    if "tracking" in result:
+        return [tracking.table(each) for each in result["tracking"]]
     if "kernels" in result:
         kernels = [profile.Kernel(**row) for row in result["kernels"]]
         head = f"{result['work']}, {result['form']}, {result['device']}, jax {result['jax']}"
@@ -126,6 +130,17 @@ def profile_step(given: argparse.Namespace) -> int:
     return 0
 
 
+def track(given: argparse.Namespace) -> int:
+    """Trains the timed forms beside the reference; exit status 1 where some form leaves it, or the control does not."""
+    use_compilation_cache()
+    this = work(given.family, given.size, given.batch, "training", "pre_ln")
+    result = tracking.measure(this, given.steps, say=lambda text: print(text, flush=True))
+    print(tracking.table(result))
+    if given.json:
+        tracking.save(result, given.json)
+    return 0 if tracking.passes(result) else 1
+
+
 def time_devices(given: argparse.Namespace) -> int:
     """Times a step on several devices against one."""
     this = devices.Comparison(
@@ -153,7 +168,7 @@ def read_flags(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="prenorm_jax.measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="{print,time,devices,profile}")
+    commands = parser.add_subparsers(required=True, metavar="{print,time,devices,profile,track}")
     flags = commands.add_parser("print")
     flags.set_defaults(command=print_tables)
     flags.add_argument("files", nargs="+", metavar="FILE")
@@ -202,11 +217,19 @@ def read_flags(arguments: list[str]) -> argparse.Namespace:
     flags.add_argument("--kind", choices=KINDS, default="training")
     flags.add_argument("--steps", type=int, default=3, help="traced")
     flags.add_argument("--json", type=pathlib.Path, metavar="FILE")
+
+    flags = commands.add_parser("track")
+    flags.set_defaults(command=track)
+    flags.add_argument("family", choices=FAMILIES)
+    flags.add_argument("size", help="B/16, small, ...")
+    flags.add_argument("--batch", type=int, required=True)
+    flags.add_argument("--steps", type=int, default=200)
+    flags.add_argument("--json", type=pathlib.Path, metavar="FILE", help="a result takes its place among others")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0; 2 for what can't be (one line on stderr); 3 where a study has works left."""
+    """Exit status: 0; 1 where a check fails; 2 for what can't be (one line on stderr); 3 where a study has works left."""
     given = read_flags(arguments)
     try:
         return int(given.command(given))

@@ -1,0 +1,124 @@
+"""Does the fast step learn what the slow one learns? Training steps in the timed configuration beside a plain reference in float32.
+
+    python -m prenorm_jax.measure track vit B/16 --batch 256 --steps 200 --json results/speed/tracking.json
+
+All begin with the same Pre-LN parameters, see the same batches, again and again, and train in Pre-LN coordinates, so that in exact
+arithmetic all have one trajectory. The reference is the Pre-LN model in float32 with full-precision products, looped layers and attention
+as XLA computes it. What a trajectory may miss it by is measured, not chosen: `plain` is the same plain Pre-LN program in the timed dtype.
+A form passes if the losses of its timed step miss the reference's by at most `ALLOWED` times what plain's do, root mean square over the
+steps. The negative control is plain with a learning rate a tenth higher: it has to miss by more than that.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prenorm_jax import models
+from prenorm_jax.measure.equivalence import FORMS, PRE_LN, Config
+from prenorm_jax.measure.works import Work
+from prenorm_jax.models.config import require
+from prenorm_jax.training.experiment import Optimizer
+from prenorm_jax.training.optimizer import make_optimizer
+from prenorm_jax.training.step import init_state, make_train_step
+
+ALLOWED = 2.0
+BATCHES = 8  # so few that they are learnt by heart
+LEARNING_RATE = 1e-3
+
+
+def measure(work: Work, steps: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """The losses of every trajectory, by its name. What `table` prints and `passes` judges.
+
+    Raises: ConfigError for a work that does not train, or too few steps to warm up.
+    """
+    require(work.kind == "training", "work.kind", work.kind, "training")
+    require(steps >= 20, "--steps", steps, "20 or more")
+    plain = PRE_LN.of(work.model, attention="xla", scan_layers=False, unroll=False)
+    params = jax.tree.map(np.asarray, models.init(plain, 0))
+    batches = [work.data(seed) for seed in range(BATCHES)]
+    # name -> config, precision of products, learning rate
+    trajectories: dict[str, tuple[Config, str, float]] = {
+        "reference": (dataclasses.replace(plain, dtype="float32"), "highest", LEARNING_RATE),
+        "plain": (plain, "default", LEARNING_RATE),
+        **{form.name: (form.of(work.model), "default", LEARNING_RATE) for form in FORMS},
+        "control": (plain, "default", 1.1 * LEARNING_RATE),
+    }
+    losses = {}
+    for name, (config, precision, rate) in trajectories.items():
+        with jax.default_matmul_precision(precision):
+            losses[name] = _train(work, config, params, batches, steps, rate)
+        say(f"{name}: loss {losses[name][0]:.4f} to {losses[name][-1]:.4f}")
+    return {
+        "tracked": work.key,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "losses": losses,
+    }
+
+
+def _train(
+    work: Work, config: Config, params: Any, batches: list[dict[str, np.ndarray]], steps: int, rate: float
+) -> list[float]:
+    tx = make_optimizer(Optimizer(learning_rate=rate, warmup_steps=steps // 10), steps)
+    step = make_train_step(config, work.task, tx, coordinates="pre_ln")
+    stored = models.stack_layers(params) if config.scan_layers else params
+    state = init_state(jax.tree.map(jnp.array, stored), tx)
+    found = []
+    for index in range(steps):
+        state, values = step(state, jax.tree.map(jnp.asarray, batches[index % len(batches)]))
+        found.append(values["loss"])
+    return [float(loss) for loss in jax.device_get(found)]
+
+
+def misses(losses: Mapping[str, list[float]]) -> dict[str, float]:
+    """What each trajectory's losses miss the reference's by, root mean square over the steps.
+
+    >>> misses({"reference": [2.0, 1.0], "plain": [2.0, 1.0], "pre_ln": [2.5, 1.5]})
+    {'plain': 0.0, 'pre_ln': 0.5}
+    """
+    reference = np.array(losses["reference"])
+    return {
+        name: float(np.sqrt(np.mean(np.square(np.array(found) - reference))))
+        for name, found in losses.items()
+        if name != "reference"
+    }
+
+
+def passes(result: Mapping[str, Any]) -> bool:
+    """Whether every form tracks the reference, and the control does not."""
+    found = misses(result["losses"])
+    allowed = ALLOWED * found["plain"]
+    return found["control"] > allowed and all(found[form.name] <= allowed for form in FORMS)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Markdown: a row a trajectory: its loss along the way, and what it misses the reference by, also as a multiple of plain's."""
+    losses = result["losses"]
+    steps = len(losses["reference"])
+    shown = [1, steps // 4, steps // 2, steps]
+    found = misses(losses)
+    lines = [
+        f"{result['tracked']}, {result['device']}, jax {result['jax']}: {steps} steps in Pre-LN coordinates",
+        "",
+        f"| trajectory | {' | '.join(f'loss at {step}' for step in shown)} | misses the reference by | of plain's |",
+        "|---" * (len(shown) + 3) + "|",
+    ]
+    for name, each in losses.items():
+        cells = [f"{each[step - 1]:.4f}" for step in shown]
+        missed = [f"{found[name]:.2e}", f"{found[name] / found['plain']:.2f}"] if name in found else ["", ""]
+        lines.append(f"| {name} | {' | '.join([*cells, *missed])} |")
+    return "\n".join(lines)
+
+
+def save(result: dict[str, Any], path: pathlib.Path) -> None:
+    """Writes a result, beside those of other works that the file holds."""
+    held = json.loads(path.read_text())["tracking"] if path.exists() else []
+    kept = [each for each in held if each["tracked"] != result["tracked"]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"tracking": [*kept, result]}, indent=1) + "\n")
