@@ -145,8 +145,8 @@ def run(
 
     Returns: the main branch after the last block (N, R), before and after every block (depth + 1, N, R), and the new cache.
     """
-    graph: Any
-    states: Any
+    # Blocks are alike: one graph serves them all.
+    graph, parameters = nnx.split(blocks if isinstance(blocks, Block) else blocks[0])
 
     def step(x: Array, written: Written, layer: tuple[Any, Any, Any]) -> tuple[Array, Array, Written, Any]:
         state, cache, scales = layer
@@ -157,22 +157,20 @@ def run(
     scales = None if branch_scales is None else jnp.moveaxis(branch_scales, 1, 0)
     x = placement.examples(x)
     if isinstance(blocks, Block) and not unroll:
-        graph, state = nnx.split(blocks)
 
         def scanned(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, tuple[Array, Any]]:
             before, x, written, cache = step(x, NOTHING, layer)
             return add(x, written), (before, cache)
 
-        last, (before, cache) = jax.lax.scan(scanned, x, (state, cache, scales))
+        last, (before, cache) = jax.lax.scan(scanned, x, (parameters, cache, scales))
         return last, jnp.concatenate([before, last[None]]), cache
 
     if isinstance(blocks, Block):
-        graph, state = nnx.split(blocks)
-        layers = [(graph, layer) for layer in unstacked(_narrow_matrices(state, x.dtype))]
+        layers = unstacked(_narrow_matrices(parameters, x.dtype))
     else:
-        layers = [nnx.split(block) for block in blocks]
-    states, caches, written = [], [], NOTHING
-    for index, (graph, state) in enumerate(layers):  # noqa: B007
+        layers = [nnx.state(block) for block in blocks]
+    written, states, caches = NOTHING, [], []
+    for index, state in enumerate(layers):
         of_layer = tuple(None if each is None else each[index] for each in (cache, scales))
         before, x, written, layer_cache = step(x, written, (state, *of_layer))
         states.append(before)
