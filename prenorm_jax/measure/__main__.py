@@ -7,8 +7,8 @@ python -m prenorm_jax.measure time CONFIG[:ARG] --out FILE [--only WORD,...] [--
     times the works of a study, as configs/paper_*.py have them; the same command goes on where it stopped (exit status 3: works are left)
 python -m prenorm_jax.measure devices {vit,gpt} SIZE --per-device B [--devices N] [--meshes data,fsdp] [--options SET,...] [--json FILE]
     a step on N devices against one device at the same batch for each (prenorm_jax.measure.devices lists the sets of XLA's options)
-python -m prenorm_jax.measure profile {vit,gpt} SIZE --batch B [--norm N] [--basis B] [--coordinates C] [--kind K] [--json FILE]
-    a step's device time by kernel and by part of the model, beside each part's floor
+python -m prenorm_jax.measure profile {vit,gpt} SIZE --batch B [--norm N] [--basis B] [--coordinates C] [--kind K] [--mesh M] [--json FILE]
+    a step's device time by kernel and by part of the model, beside each part's floor; with --mesh, split over all devices along an axis
 python -m prenorm_jax.measure track {vit,gpt} SIZE --batch B [--steps N] [--json FILE]
     the losses of the timed steps beside those of a slow reference (exit status 1: some form does not track it)
 """
@@ -29,7 +29,7 @@ from prenorm_jax.measure.works import FAMILIES, KINDS, work
 from prenorm_jax.models.config import BASES, NORMS, ConfigError
 from prenorm_jax.training import counts, estimate
 from prenorm_jax.training.compilation_cache import use_compilation_cache
-from prenorm_jax.training.experiment import COORDINATES
+from prenorm_jax.training.experiment import COORDINATES, Mesh
 
 
 def print_tables(given: argparse.Namespace) -> int:
@@ -114,10 +114,11 @@ def profile_step(given: argparse.Namespace) -> int:
         work(given.family, given.size, given.batch, given.kind, given.coordinates),
         Form(given.norm, given.basis),
     )
-    kernels = profile.profile_work(this, form, given.steps)
+    mesh = Mesh(**{"data": 1, given.mesh: jax.device_count()}) if given.mesh else None
+    kernels = profile.profile_work(this, form, given.steps, mesh)
     result = {
         "work": this.key,
-        "form": form.name,
+        "form": form.name + (f", {given.mesh} over {jax.device_count()} devices" if given.mesh else ""),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "ms_by_part": profile.by_part(kernels),
@@ -215,6 +216,9 @@ def read_flags(arguments: list[str]) -> argparse.Namespace:
     flags.add_argument("--basis", choices=BASES, default="reflect")
     flags.add_argument("--coordinates", choices=COORDINATES, default="native")
     flags.add_argument("--kind", choices=KINDS, default="training")
+    flags.add_argument(
+        "--mesh", choices=devices.MESHES, help="training on all devices, split along this axis; --batch is each one's"
+    )
     flags.add_argument("--steps", type=int, default=3, help="traced")
     flags.add_argument("--json", type=pathlib.Path, metavar="FILE")
 

@@ -2,6 +2,7 @@
 
 A kernel belongs to the first part whose pattern its instruction matches: the name of the HLO instruction, the target of a custom
 call, and the names that the program gave to the operation (jax.named_scope). A fused kernel carries the name of its last operation.
+Of several devices the first one's kernels are told; an exchange runs beside other kernels, so that parts can add up to more than a step.
 """
 
 import collections
@@ -15,10 +16,13 @@ from typing import Any
 
 import jax
 
+from prenorm_jax.measure import devices
 from prenorm_jax.measure.equivalence import Form
 from prenorm_jax.measure.works import Work
+from prenorm_jax.training.experiment import Mesh
 
 PARTS: tuple[tuple[str, str], ...] = (
+    ("exchange between devices", r"^(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|nccl)"),
     ("attention", r"fmha|cudnn|dot_product_attention|attention/(_forward|_backward)"),
     ("matrix products", r"cublas|__triton_gemm|gemm_fusion|\bdot\b|/dot_general$|hopper_product"),
     ("optimizer", r"optimizer"),
@@ -72,9 +76,9 @@ def profile(step: Callable[[Any], Any], carry: Any, hlo: str, steps: int = 3) ->
     return sorted(kernels, key=lambda kernel: -kernel.ms)
 
 
-def profile_work(work: Work, form: Form, steps: int = 3) -> list[Kernel]:
-    """Kernels of a work's step in a form."""
-    case = work.case(form)
+def profile_work(work: Work, form: Form, steps: int = 3, mesh: Mesh | None = None) -> list[Kernel]:
+    """Kernels of a work's step in a form; on a mesh, each of whose devices has the work's batch, where one is given."""
+    case = devices.case(work, form, mesh, {}) if mesh else work.case(form)
     return profile(case.step, case.carry, case.compiled.as_text(), steps)
 
 
@@ -89,7 +93,7 @@ def by_part(kernels: list[Kernel]) -> dict[str, float]:
 def _kernels(data: Any) -> Iterator[tuple[str, float]]:
     """(HLO instruction, seconds) of every kernel: on a GPU from the streams of its planes, on a CPU from the executor's threads."""
     planes = [plane for plane in data.planes if plane.name.startswith("/device:GPU")]
-    for plane in planes or [plane for plane in data.planes if plane.name.startswith("/host:CPU")]:
+    for plane in planes[:1] or [plane for plane in data.planes if plane.name.startswith("/host:CPU")]:
         for line in plane.lines:
             if planes and not line.name.startswith("Stream"):
                 continue

@@ -14,6 +14,7 @@ from prenorm_jax.measure import pictures, profile, study, works
 from prenorm_jax.measure.equivalence import PRE_LN, Form
 from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training import counts
+from prenorm_jax.training.experiment import Mesh
 
 pytestmark = pytest.mark.slow  # on one Python
 
@@ -179,6 +180,9 @@ def test_a_profile_sums_the_kernels_of_a_step():
     parts = profile.by_part(kernels)
     assert sum(parts.values()) == pytest.approx(sum(kernel.ms for kernel in kernels))
     assert {"matrix products", "optimizer"} <= set(parts)
+    exchange = "exchange between devices"
+    assert exchange not in parts
+    assert exchange in profile.by_part(profile.profile_work(TRAINING, PRE_LN, steps=1, mesh=Mesh(data=8)))
     text = profile.table(kernels, floors=counts.floors(TRAINING.operations(PRE_LN)))
     assert "| part | ms | share | floor, ms |" in text
 
