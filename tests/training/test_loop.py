@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import pathlib
 import re
 
 import jax
@@ -62,6 +63,15 @@ def test_the_workdir_holds_what_the_docstring_says(run):
     assert loaded.step == 12
     for kept, returned in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(kept, returned)
+
+
+def test_the_guides_example_of_text_from_a_run(run, capsys):
+    _, workdir, *_ = run
+    guide = (pathlib.Path(__file__).parents[2] / "docs/running.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    assert example.count('"runs/stdlib"') == 1
+    exec(example.replace('"runs/stdlib"', repr(str(workdir))), {})
+    assert capsys.readouterr().out.startswith("def ")
 
 
 def test_plain_lines_where_there_is_no_terminal(run):
