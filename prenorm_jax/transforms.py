@@ -307,6 +307,7 @@ def _transform(
     found = spec.resolve(params)
     old = leaves(params)
     new = dict(old)
+    _require_floating(found, old)
     _check_kept(found, reader, spare)
     gained: dict[str, tuple[str, int]] = {}
     read = set()  # a kernel behind several norms (without affine) is one kernel
@@ -389,6 +390,16 @@ def _refuse_packed(params: Tree, spec: MainBranch, found: Resolved) -> None:
         raise LayoutError(
             f"{found.writers[0][0]}: writes nothing to the last lane, nor does any writer: this tree is packed; unpack it"
         )
+
+
+def _require_floating(found: Resolved, flat: dict[str, Array]) -> None:
+    """Refuses leaves in which a mean can't be stored."""
+    paths = [*(path for path, _ in found.writers), *(r.kernel for n in found.norms if n.folds for r in n.readers)]
+    for path in paths:
+        if not jnp.issubdtype(flat[path].dtype, jnp.floating):
+            raise LayoutError(
+                f"{path}: is {flat[path].dtype}; expected a floating dtype (of a quantised tree, convert the one it was made from)"
+            )
 
 
 def _check_kept(found: Resolved, reader: Sequence[Map], spare: str | None) -> None:

@@ -454,3 +454,11 @@ def test_lists_keep_their_type():
     actual = pn.to_pre_rmsnorm(params, spec)
     assert type(actual) is list
     np.testing.assert_array_equal(actual[2]["kernel"], 2)
+
+
+@pytest.mark.parametrize("path", ["embed", "head/kernel"])
+def test_a_quantised_leaf_is_refused(path):
+    params = tree()
+    params = with_leaves(params, {**leaves(params), path: np.asarray(leaves(params)[path]).astype(np.int8)})
+    with pytest.raises(pn.LayoutError, match=f"{path}: is int8; expected a floating dtype"):
+        pn.to_pre_rmsnorm(params, SPEC)
