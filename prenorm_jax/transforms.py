@@ -61,15 +61,20 @@ def fold_affine(params: Tree, spec: MainBranch) -> Tree:
 
 
 def recenter(params: Tree, spec: MainBranch) -> Tree:
-    """Makes every writer zero-mean along its output axis (identity 2): the main branch has zero mean, LayerNorm is RMSNorm. Idempotent."""
+    """Makes every writer zero-mean along its output axis (identity 2): the main branch has zero mean, LayerNorm is RMSNorm. Idempotent.
+
+    Raises: LayoutError for a tree that is compressed (where the description knows the width) or packed: its lanes have no mean to remove.
+    """
+    _require_full("recenter", params, spec)
     return _transform(params, spec, writer=[recenter_axis])
 
 
 def zero_mean_gauge(params: Tree, spec: MainBranch) -> Tree:
     """Makes every folded reader zero-mean along its input axis (identity 5): blind to rounding drift of the mean. Idempotent.
 
-    Exact on a zero-mean main branch, so after `fold_affine` and `recenter`.
+    Exact on a zero-mean main branch, so after `fold_affine` and `recenter`. Raises: as `recenter`.
     """
+    _require_full("zero_mean_gauge", params, spec)
     return _transform(params, spec, fold=True, reader=[recenter_axis])
 
 
@@ -144,7 +149,11 @@ def unpack(params: Tree, spec: MainBranch) -> Tree:
 
 
 def to_pre_rmsnorm(params: Tree, spec: MainBranch) -> Tree:
-    """Pre-LN -> Pre-RMSNorm: recenter . fold_affine. Idempotent. Run it with `rms_norm` (or still with LayerNorm)."""
+    """Pre-LN -> Pre-RMSNorm: recenter . fold_affine. Idempotent. Run it with `rms_norm` (or still with LayerNorm).
+
+    Raises: as `recenter`.
+    """
+    _require_full("to_pre_rmsnorm", params, spec)
     return _transform(params, spec, fold=True, writer=[recenter_axis])
 
 
@@ -173,8 +182,15 @@ def to_plain_rmsnorm(params: Tree, spec: MainBranch) -> Tree:
 
     z / sqrt(sum z^2 / d + eps) = sqrt(d / (d-1)) RMSNorm_{d-1}(z; eps d / (d-1)), so every reader takes the constant sqrt(d / (d-1)),
     and its norm's affine first where that is not folded yet; run it with `rms_norm(z, eps=plain_eps(eps, d))`.
+
+    Raises: LayoutError for a tree that is not compact (where the description knows the width).
     """
-    lanes = spec.resolve(params).lanes
+    found = spec.resolve(params)
+    lanes = found.lanes
+    if found.width not in (None, lanes + 1):
+        raise LayoutError(
+            f"to_plain_rmsnorm: the main branch has {lanes} lanes; expected {found.width - 1}, the nominal width less 1; compress first"
+        )
     constant = math.sqrt((lanes + 1) / lanes)
     return _transform(params, spec, fold=True, reader=[lambda kernel, axis: kernel * constant], kept_scale=constant)
 
@@ -291,6 +307,7 @@ def _transform(
     found = spec.resolve(params)
     old = leaves(params)
     new = dict(old)
+    _require_floating(found, old)
     _check_kept(found, reader, spare)
     gained: dict[str, tuple[str, int]] = {}
     read = set()  # a kernel behind several norms (without affine) is one kernel
@@ -348,12 +365,24 @@ def _required_scale(norm: NormLeaves) -> str:
     return norm.scale
 
 
+def _require_full(name: str, params: Tree, spec: MainBranch) -> None:
+    """Refuses a tree whose lanes are not those of the Pre-LN model."""
+    found = spec.resolve(params)
+    if found.width not in (None, found.lanes):
+        raise LayoutError(
+            f"{name}: the main branch has {found.lanes} lanes; expected {found.width}, the nominal width; decompress or unpack it"
+        )
+    _refuse_packed(params, spec, found)
+
+
 def _refuse_packed(params: Tree, spec: MainBranch, found: Resolved) -> None:
     """A packed tree is as wide as a full one. What gives concrete ones away: no reader has a bias, and every writer's last slice is 0."""
     flat = leaves(spec.with_layers_first(params))
     readers = [reader for norm in found.norms for reader in norm.readers if norm.keep is None]
     writers = [(flat[path], axis) for path, axis in found.writers]
-    if not all(reader.new_bias for reader in readers) or any(isinstance(leaf, jax.core.Tracer) for leaf, _ in writers):
+    if not readers or not all(reader.new_bias for reader in readers):
+        return
+    if any(isinstance(leaf, jax.core.Tracer) for leaf, _ in writers):
         return
     if any(np.any(np.asarray(last(leaf, axis)) != 0) for leaf, axis in writers):
         return
@@ -361,6 +390,16 @@ def _refuse_packed(params: Tree, spec: MainBranch, found: Resolved) -> None:
         raise LayoutError(
             f"{found.writers[0][0]}: writes nothing to the last lane, nor does any writer: this tree is packed; unpack it"
         )
+
+
+def _require_floating(found: Resolved, flat: dict[str, Array]) -> None:
+    """Refuses leaves in which a mean can't be stored."""
+    paths = [*(path for path, _ in found.writers), *(r.kernel for n in found.norms if n.folds for r in n.readers)]
+    for path in paths:
+        if not jnp.issubdtype(flat[path].dtype, jnp.floating):
+            raise LayoutError(
+                f"{path}: is {flat[path].dtype}; expected a floating dtype (of a quantised tree, convert the one it was made from)"
+            )
 
 
 def _check_kept(found: Resolved, reader: Sequence[Map], spare: str | None) -> None:

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict
 
-from prenorm_jax import LayoutError, MainBranch, Norm, Reader, Writer, layouts
+from prenorm_jax import LayoutError, MainBranch, Norm, Reader, Writer, layer_norm, layouts
 from prenorm_jax.paths import TreeError, leaves, with_leaves
 
 BLOCK = Norm([Reader("up/{i}/kernel", bias="up/{i}/bias")], scale="norm/{i}/scale", bias="norm/{i}/bias")
@@ -227,3 +227,79 @@ def test_a_container_that_cannot_change_says_so():
 def test_two_leaves_of_one_path_are_refused():
     with pytest.raises(TreeError, match="a/b: two leaves have this path"):
         leaves({"a": {"b": np.ones(1)}, "a/b": np.ones(2)})
+
+
+# What `check` sees.
+
+
+def mlp(params, x, mask=None):
+    """Two MLP blocks behind positions; in a padded vocabulary the last logits are `mask`."""
+
+    def norm(x, scale, bias):
+        return layer_norm(x, scale, bias, eps=1e-5)
+
+    x = x @ params["embed"]["table"]
+    for i in "01":
+        h = norm(x, params["norm"][i]["scale"], params["norm"][i]["bias"])
+        h = jax.nn.gelu(h @ params["up"][i]["kernel"] + params["up"][i]["bias"][None])
+        x = x + h @ params["down"][i]["kernel"] + params["down"][i]["bias"][None]
+    logits = norm(x, params["final"]["scale"], None) @ params["head"]["kernel"]
+    return logits if mask is None else jnp.where(jnp.arange(3)[None] < 2, logits, mask)
+
+
+def initial(seed=0, constant=()):
+    """Parameters as a model is initialised: random kernels and tables, norms of ones and zeros, biases of zeros; or ones for some."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        value = rng.normal(size=shape) if len(shape) > 1 else np.full(shape, float("scale" in path))
+        return np.ones(shape) if path in constant else value
+
+    return with_leaves(tree(), {path: leaf(path, value.shape) for path, value in leaves(tree()).items()})
+
+
+def missing(writer):
+    rest = [w for w in WRITERS if w.leaf != writer]
+    return dataclasses.replace(BRANCH, writers=rest, others=["steps", writer])
+
+
+X = np.random.default_rng(1).normal(size=(3, 9))
+
+
+@pytest.mark.parametrize("constant", [(), ("down/0/bias", "down/1/bias")], ids=["zeros", "ones"])
+def test_a_missed_writer_is_seen_in_parameters_that_were_just_initialised(constant):
+    BRANCH.check(mlp, initial(constant=constant), X)
+    with pytest.raises(LayoutError, match=r"down/0/bias \(4,\): described as no writer"):
+        missing("down/{i}/bias").check(mlp, initial(constant=constant), X)
+
+
+@pytest.mark.parametrize("path", ["down/0/kernel", "head/kernel"])
+def test_a_missed_writer_is_seen_behind_a_kernel_of_zeros(path):
+    params = initial()
+    params = with_leaves(params, {**leaves(params), path: 0 * leaves(params)[path]})
+    BRANCH.check(mlp, params, X)
+    with pytest.raises(LayoutError, match=r"embed/table \(9, 4\): described as no writer"):
+        missing("embed/table").check(mlp, params, X)
+
+
+@pytest.mark.parametrize("mask", [-1e9, float(np.finfo(np.float32).min), -np.inf])
+def test_a_mask_in_an_output_hides_nothing(mask):
+    def masked(params, x):
+        return mlp(params, x, mask)
+
+    BRANCH.check(masked, initial(), X)
+    with pytest.raises(LayoutError, match=r"down/0/kernel \(6, 4\): described as no writer"):
+        missing("down/{i}/kernel").check(masked, initial(), X)
+    with pytest.raises(LayoutError, match="converted: differs from fn"):
+        BRANCH.check(masked, initial(), X, converted=lambda params, x: masked(params, x) * 1.1)
+
+
+def test_a_function_of_other_parameters_than_its_own_shows_nothing():
+    params = initial()
+    with pytest.raises(LayoutError, match="no output of fn depends on it, nor on any other writer"):
+        BRANCH.check(lambda _, x: mlp(params, x), params, X)
+
+
+def test_a_function_that_returns_nan_shows_nothing():
+    with pytest.raises(LayoutError, match="fn is not finite"):
+        BRANCH.check(lambda params, x: mlp(params, x) * np.nan, initial(), X)

@@ -309,6 +309,13 @@ def test_a_width_of_two_works_and_one_is_refused(basis):
         (chain(pn.pack), "pack: the main branch has 8 lanes; expected 7"),
         (chain(pn.compress, pn.unpack), "unpack: the main branch has 7 lanes; expected 8"),
         (chain(pn.to_pre_rmsnorm, pn.unpack), "heads/in/bias: .*this tree is not packed"),
+        (chain(pn.compress, pn.recenter), "recenter: the main branch has 7 lanes; expected 8"),
+        (chain(pn.compress, pn.to_pre_rmsnorm), "to_pre_rmsnorm: the main branch has 7 lanes; expected 8"),
+        (chain(pn.compress, pn.zero_mean_gauge), "zero_mean_gauge: the main branch has 7 lanes; expected 8"),
+        (chain(pn.compress, pn.pack, pn.recenter), "embed: writes nothing to the last lane, .*; unpack it"),
+        (chain(pn.compress, pn.pack, pn.to_pre_rmsnorm), "embed: writes nothing to the last lane, .*; unpack it"),
+        (chain(pn.to_plain_rmsnorm), "to_plain_rmsnorm: the main branch has 8 lanes; expected 7"),
+        (chain(pn.compress, pn.pack, pn.to_plain_rmsnorm), "to_plain_rmsnorm: the main branch has 8 lanes; expected 7"),
         (chain(pn.strip_affine), "norm1/scale: is not 1 everywhere, .*; fold_affine first"),
         (
             lambda p: pn.to_pre_ln(p, MainBranch(SPEC.writers, SPEC.norms, SPEC.others)),
@@ -447,3 +454,11 @@ def test_lists_keep_their_type():
     actual = pn.to_pre_rmsnorm(params, spec)
     assert type(actual) is list
     np.testing.assert_array_equal(actual[2]["kernel"], 2)
+
+
+@pytest.mark.parametrize("path", ["embed", "head/kernel"])
+def test_a_quantised_leaf_is_refused(path):
+    params = tree()
+    params = with_leaves(params, {**leaves(params), path: np.asarray(leaves(params)[path]).astype(np.int8)})
+    with pytest.raises(pn.LayoutError, match=f"{path}: is int8; expected a floating dtype"):
+        pn.to_pre_rmsnorm(params, SPEC)

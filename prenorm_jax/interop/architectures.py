@@ -13,6 +13,7 @@ from typing import Any
 
 from prenorm_jax.layouts import torch
 from prenorm_jax.main_branch import MainBranch
+from prenorm_jax.main_branch.patterns import match
 
 Config = Mapping[str, Any]
 Keys = dict[str, Any]
@@ -85,10 +86,16 @@ BUFFERS = (
     "**.attention.bias",
     "**relative_position_index",
 )
-"""Constants that checkpoints hold beside their weights; they are copied."""
+"""Constants that checkpoints hold beside their weights; they are copied as they are, infinities and all."""
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor of this name is one of them."""
+    return any(match(pattern, name) for pattern in BUFFERS)
+
 
 MAY_LACK = re.compile(
-    r"^(lm_head|score|embed_out|proj_out|classifier|cls_classifier|distillation_classifier|text_projection|visual_projection)\."
+    r"^(lm_head|score|qa_outputs|embed_out|proj_out|classifier|cls_classifier|distillation_classifier|text_projection|visual_projection)\."
     r"|\.(crossattention|ln_cross_attn|encoder_attn|encoder_attn_layer_norm|pooler)\."
     r"|_embeddings$|(mask|register|distillation)_tokens?$"
     r"|^dinov2.*\.mlp\.|^decoder\.|^head\.dense|^(beit\.pooler\.)?layernorm\.|lambda_[12]$"
@@ -96,14 +103,15 @@ MAY_LACK = re.compile(
 """The rules of a layout that a checkpoint may lack altogether, because it has no such head, token or layer."""
 
 POST_LN = "its LayerNorms stand behind the residual sums (Post-LN): what they return is the main branch, so no mean there is redundant"
+RAW = "the feature maps that it returns are its main branch as it is, mean and all"
 RMS = "its norms are RMSNorms already: there is no mean to remove"
 
 _POST_LN_MODELS = """
-bert roberta xlm-roberta xlm-roberta-xl camembert distilbert albert electra deberta deberta-v2 mpnet longformer big_bird ernie funnel
+bert roberta xlm-roberta camembert distilbert albert electra deberta deberta-v2 mpnet longformer big_bird ernie funnel
 nystromformer bart marian blenderbot-small openai-gpt layoutlm layoutlmv2 layoutlmv3 lxmert visual_bert squeezebert
 """
 _RMS_MODELS = """
-llama llama4 llama4_text mistral mixtral ministral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3 gemma3_text gemma3n phi3 phimoe
+llama llama4 llama4_text mistral mixtral ministral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3 gemma3_text gemma3n phi3
 t5 mt5 umt5 longt5 olmo2 olmo3 granite granitemoe deepseek_v2 deepseek_v3 smollm3 glm glm4 internlm3 jamba mamba mamba2 gpt_oss exaone4
 helium recurrent_gemma
 """
@@ -193,7 +201,8 @@ def _beit(config: Config) -> Architecture:
     pooled = config.get("use_mean_pooling", True)
     branch = torch.HF_BEIT if pooled else torch.HF_BEIT_CLASS_TOKEN
     raw = ("hidden_states", "last_hidden_state") if pooled else ("hidden_states",)
-    return _vit("beit", branch, beside=("**relative_position_bias_table",), raw=raw)
+    refused = (("architectures", ["BeitBackbone"], RAW),)
+    return _vit("beit", branch, beside=("**relative_position_bias_table",), raw=raw, refused=refused)
 
 
 def _vit_mae() -> Architecture:
@@ -213,7 +222,9 @@ def _vit_mae() -> Architecture:
 
 def _dinov2(name: str, branch: MainBranch) -> Architecture:
     stream = Stream(branch, f"{name}.encoder.layer.0", **_PLAIN, eps="layer_norm_eps", default_eps=1e-6)
-    return Architecture({name: stream}, f"{name}.", beside=("classifier.*",))
+    return Architecture(
+        {name: stream}, f"{name}.", beside=("classifier.*",), refused=(("apply_layernorm", False, RAW),)
+    )
 
 
 _WHISPER = Architecture(
@@ -333,8 +344,8 @@ ARCHITECTURES: dict[str, Architecture | Callable[[Config], Architecture]] = {
     "dinov2_with_registers": _dinov2("dinov2_with_registers", torch.HF_DINOV2_REGISTERS),
     "beit": _beit,
     "clip": Architecture(_clip_streams("text_config.", "vision_config."), beside=("logit_scale",), raw=_CLIP_RAW),
-    "clip_text_model": Architecture(_clip_streams("", None)),
-    "clip_vision_model": Architecture(_clip_streams(None, ""), raw=_CLIP_RAW),
+    "clip_text_model": Architecture(_clip_streams("", None), "text_model."),
+    "clip_vision_model": Architecture(_clip_streams(None, ""), "vision_model.", raw=_CLIP_RAW),
     "siglip": _SIGLIP,
 }
 """model_type -> architecture, or what makes one of config.json."""

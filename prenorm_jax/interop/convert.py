@@ -125,8 +125,8 @@ def write(
         _write_json(folder / "config.json", config)
         _write_json(folder / MANIFEST, describe(plan, dtype))
         readme = folder / "README.md"
-        before = readme.read_text() + "\n" if readme.exists() else ""
-        readme.write_text(before + card(plan, fold))
+        before = readme.read_bytes() + b"\n" if readme.exists() else b""  # in whatever encoding
+        readme.write_bytes(before + card(plan, fold).encode())
 
 
 def describe(plan: Plan, dtype: np.dtype | None = None) -> dict[str, Any]:
@@ -196,4 +196,4 @@ def _carry_over(source: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -162,13 +162,21 @@ def _torch_tensor(name: Any, value: Any, path: pathlib.Path, torch: Any) -> Tens
     halves = value.dtype == torch.bfloat16
     if value.layout != torch.strided or value.is_quantized:
         raise FormatError(f"{path}: tensor {name} is sparse or quantised; expected a plain one")
+    if value.is_meta:
+        raise FormatError(f"{path}: tensor {name} was saved without its data (device meta); expected a plain one")
 
     def read() -> np.ndarray:
         plain = value.detach().contiguous()
         return (plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if halves else plain.numpy()).copy()
 
     # numpy's name for the dtype, by way of an empty tensor of it.
-    dtype = np.dtype(ml_dtypes.bfloat16) if halves else torch.empty(0, dtype=value.dtype).numpy().dtype
+    try:
+        dtype = np.dtype(ml_dtypes.bfloat16) if halves else torch.empty(0, dtype=value.dtype).numpy().dtype
+    except (TypeError, RuntimeError):
+        word = str(value.dtype).removeprefix("torch.")
+        raise FormatError(
+            f"{path}: tensor {name} is of dtype {word}; expected one that numpy has, or bfloat16"
+        ) from None
     return Tensor(checked_name(name, path), dtype, tuple(value.shape), path, read)
 
 

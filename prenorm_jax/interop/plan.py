@@ -21,6 +21,8 @@ from prenorm_jax.main_branch.patterns import match, matches, names
 # Classes whose head may be the embedding table; what a base model returns is its last norm's output.
 WITH_HEAD = ("LMHeadModel", "ForCausalLM", "ForConditionalGeneration", "DoubleHeadsModel", "ForMaskedLM")
 
+WRAPPERS = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}
+
 
 class RefusedError(ValueError):
     """A checkpoint that can't be converted, or not soundly; the message says why."""
@@ -128,7 +130,7 @@ def _architecture(config: Mapping[str, Any], file: pathlib.Path) -> tuple[str, A
             f"{file}: model_type {model_type[:80]!r} is not known, and nothing is guessed; known are {', '.join(sorted(ARCHITECTURES))}. "
             "Describe its main branch with prenorm_jax.MainBranch and convert its parameters in Python"
         )
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise RefusedError(f"{file}: the checkpoint is quantised; convert the one that it was made from")
     made = ARCHITECTURES[model_type]
     architecture = made(config) if callable(made) else made
@@ -166,12 +168,24 @@ def _check_types(config: Mapping[str, Any], architecture: Architecture, file: pa
 
 def _canonical(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """The tensors under the names of the model with its head: a base model's lack the beginning."""
+    wrapper = next((word for word in WRAPPERS if all(name.startswith(word) for name in tensors)), None)
+    if wrapper:
+        first = next(iter(tensors.values()))
+        raise RefusedError(
+            f"{first.file}: all names begin with {wrapper!r}, as {WRAPPERS[wrapper]} leaves them, and the stock code looks for others; "
+            "save the tensors without it"
+        )
     base = architecture.base if not any(name.startswith(architecture.base) for name in tensors) else ""
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         alias = next((old for old in architecture.aliases if name.startswith(old)), "")
         full = architecture.aliases.get(alias, "") + name.removeprefix(alias)
-        renamed[full if full == architecture.head else base + full] = tensor
+        known = full if full == architecture.head else base + full
+        if known in renamed:
+            raise LayoutError(
+                f"{tensor.file}: {name} and {renamed[known].name} are two names of one tensor; remove one"
+            )
+        renamed[known] = tensor
     return renamed
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 
 import numpy as np
 
+from prenorm_jax.interop.architectures import is_buffer
 from prenorm_jax.interop.plan import Fold, Plan, Recenter, RefusedError
 from prenorm_jax.interop.tensors import Tensor, is_float
 from prenorm_jax.main_branch import MainBranch, Norm, Reader, Writer
@@ -52,7 +53,11 @@ def converted(plan: Plan, dtype: np.dtype | None, pool: Executor) -> Iterator[tu
 
 def target_dtype(tensor: Tensor, dtype: np.dtype | None) -> np.dtype:
     """What a tensor is stored as: whatever is no weight keeps its dtype."""
-    return dtype if dtype is not None and is_float(tensor.dtype) else tensor.dtype
+    return dtype if dtype is not None and _is_weight(tensor) else tensor.dtype
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return is_float(tensor.dtype) and not is_buffer(tensor.name)
 
 
 def _wide(tensor: Tensor) -> np.ndarray:
@@ -139,7 +144,7 @@ def _blockwise(tensor: Tensor, axis: int, change: Change, target: np.dtype, pool
 
 def _copied(tensor: Tensor, target: np.dtype, pool: Executor) -> np.ndarray:
     """The tensor as it is, or in another dtype, once its values are known to be finite."""
-    if not is_float(tensor.dtype):
+    if not _is_weight(tensor):
         return tensor.read()
     value = tensor.read()
     flat = value.reshape(-1)

@@ -75,8 +75,8 @@ def find_modules(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
     base = getattr(model, "base_model_prefix", "")
     found = {}
     for name in names:
-        # A bare model's file lacks the base model's prefix, a bare model lacks that of its file.
-        spellings = [name, f"{base}.{name}", name.removeprefix(f"{base}.")]
+        # A bare model's file lacks the base model's prefix, a bare model (a tower by itself) lacks that of its file.
+        spellings = [name, f"{base}.{name}", name.removeprefix(f"{base}."), name.partition(".")[2]]
         match = next((known[spelling] for spelling in spellings if spelling in known), None)
         if match is None:
             raise ValueError(f"{name}: the model has no such module; is it the model of this checkpoint?")

@@ -26,5 +26,5 @@ def _plain(branch: MainBranch, eps: float, lacks: tuple[str, ...]) -> MainBranch
     return dataclasses.replace(branch, writers=[w for w in branch.writers if there(w.leaf)], norms=norms)
 
 
-HF_TORCH_GPT2 = _plain(torch.HF_GPT2, 1e-5, ("cross", "score"))
+HF_TORCH_GPT2 = _plain(torch.HF_GPT2, 1e-5, ("cross", "score", "classifier", "qa_outputs"))
 HF_TORCH_VIT = _plain(torch.HF_VIT, 1e-12, ("pooler", "mask_token"))

@@ -56,6 +56,7 @@ def _decoder(
 
 
 _QKV = ("q_proj", "k_proj", "v_proj")
+_HEADS = ("score", "classifier", "qa_outputs")  # of classes that label texts, tokens and spans
 
 
 def _attention(name: str) -> list[str]:
@@ -67,7 +68,7 @@ HF_GPT2 = _decoder(
     ["transformer.wte.weight", "transformer.wpe.weight"],
     ["attn.c_proj", "mlp.c_proj", "crossattention.c_proj"],
     {"ln_1": ["attn.c_attn"], "ln_2": ["mlp.c_fc"], "ln_cross_attn": ["crossattention.q_attn"]},
-    ("transformer.ln_f", ["lm_head", "score"]),
+    ("transformer.ln_f", ["lm_head", *_HEADS]),
     TORCH_CONV1D,
 )
 HF_GPT_NEO = _decoder(
@@ -75,14 +76,14 @@ HF_GPT_NEO = _decoder(
     ["transformer.wte.weight", "transformer.wpe.weight"],
     ["attn.attention.out_proj", "mlp.c_proj"],
     {"ln_1": _attention("attn.attention"), "ln_2": ["mlp.c_fc"]},
-    ("transformer.ln_f", ["lm_head", "score"]),
+    ("transformer.ln_f", ["lm_head", *_HEADS]),
 )
 HF_GPTJ = _decoder(
     "transformer.h.{i}",
     ["transformer.wte.weight"],
     ["attn.out_proj", "mlp.fc_out"],
     {"ln_1": [*_attention("attn"), "mlp.fc_in"]},
-    ("transformer.ln_f", ["lm_head", "score"]),
+    ("transformer.ln_f", ["lm_head", *_HEADS]),
 )
 HF_CODEGEN = _decoder(
     "transformer.h.{i}",
@@ -96,14 +97,14 @@ HF_GPT_NEOX = _decoder(
     ["gpt_neox.embed_in.weight"],
     ["attention.dense", "mlp.dense_4h_to_h"],
     {"input_layernorm": ["attention.query_key_value"], "post_attention_layernorm": ["mlp.dense_h_to_4h"]},
-    ("gpt_neox.final_layer_norm", ["embed_out", "score"]),
+    ("gpt_neox.final_layer_norm", ["embed_out", *_HEADS]),
 )
 HF_OPT = _decoder(
     "model.decoder.layers.{i}",
     ["model.decoder.embed_tokens.weight", "model.decoder.embed_positions.weight"],
     ["self_attn.out_proj", "fc2"],
     {"self_attn_layer_norm": _attention("self_attn"), "final_layer_norm": ["fc1"]},
-    ("model.decoder.final_layer_norm", ["lm_head", "score"]),
+    ("model.decoder.final_layer_norm", ["lm_head", *_HEADS]),
 )
 HF_OPT_PROJECTED = MainBranch(
     writers=[Writer("model.decoder.project_in.weight", -2), *HF_OPT.writers[1:]],
@@ -118,7 +119,7 @@ HF_BLOOM = _decoder(
     [],
     ["self_attention.dense", "mlp.dense_4h_to_h"],
     {"input_layernorm": ["self_attention.query_key_value"], "post_attention_layernorm": ["mlp.dense_h_to_4h"]},
-    ("transformer.ln_f", ["lm_head", "score"]),
+    ("transformer.ln_f", ["lm_head", *_HEADS]),
 )
 """What starts BLOOM's main branch is a LayerNorm's output: it is recentered by whoever runs the model."""
 
@@ -129,7 +130,7 @@ def _falcon(reads: Reads) -> MainBranch:
         ["transformer.word_embeddings.weight"],
         ["self_attention.dense", "mlp.dense_4h_to_h"],
         reads,
-        ("transformer.ln_f", ["lm_head", "score"]),
+        ("transformer.ln_f", ["lm_head", *_HEADS]),
     )
 
 
@@ -148,14 +149,14 @@ HF_MPT = _decoder(
     ["transformer.wte.weight"],
     ["attn.out_proj", "ffn.down_proj"],
     {"norm_1": ["attn.Wqkv"], "norm_2": ["ffn.up_proj"]},
-    ("transformer.norm_f", ["lm_head", "score"]),
+    ("transformer.norm_f", ["lm_head", *_HEADS]),
 )
 HF_PHI = _decoder(
     "model.layers.{i}",
     ["model.embed_tokens.weight"],
     ["self_attn.dense", "mlp.fc2"],
     {"input_layernorm": [*_attention("self_attn"), "mlp.fc1"]},
-    ("model.final_layernorm", ["lm_head", "score"]),
+    ("model.final_layernorm", ["lm_head", *_HEADS]),
 )
 """Phi-1, Phi-1.5 and Phi-2."""
 HF_STARCODER2 = _decoder(
@@ -163,7 +164,7 @@ HF_STARCODER2 = _decoder(
     ["model.embed_tokens.weight"],
     ["self_attn.o_proj", "mlp.c_proj"],
     {"input_layernorm": _attention("self_attn"), "post_attention_layernorm": ["mlp.c_fc"]},
-    ("model.norm", ["lm_head", "score"]),
+    ("model.norm", ["lm_head", *_HEADS]),
 )
 _STABLELM_MLP = ["mlp.gate_proj", "mlp.up_proj"]
 
@@ -174,7 +175,7 @@ def _stablelm(reads: Reads) -> MainBranch:
         ["model.embed_tokens.weight"],
         ["self_attn.o_proj", "mlp.down_proj"],
         reads,
-        ("model.norm", ["lm_head", "score"]),
+        ("model.norm", ["lm_head", *_HEADS]),
     )
 
 

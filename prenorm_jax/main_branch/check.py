@@ -88,6 +88,11 @@ def _check_writers(probe: Probe, base: Flat, found: Resolved) -> None:
         return {**flat, **{path: flat[path] + shifts[path, axis] for path, axis in writers}}
 
     if probe.moved(shifted(base, found.writers), base) <= 1:
+        if found.writers and probe.moved({**base, **{p: probe.values(base[p]) for p, _ in found.writers}}, base) <= 1:
+            raise LayoutError(
+                f"{found.writers[0][0]}: no output of fn depends on it, nor on any other writer, so nothing is shown; does fn use the "
+                "parameters that it is given, and do the inputs reach them?"
+            )
         return
     movers = [writer for writer in found.writers if probe.moved(shifted(base, [writer]), base) > 1] or [*found.writers]
     path, axis = movers[0]
@@ -114,7 +119,7 @@ def _check_writers(probe: Probe, base: Flat, found: Resolved) -> None:
             f"{gates}: a gate or a scale for each channel, between what {path} writes and a norm: it makes a mean out of what has none. "
             "Only a vector right behind a writer can move into it (Writer(scale=...))"
         )
-    outputs = [distance > 1 for distance in probe.distances(shifted(base, movers), base)]
+    outputs = [distance > 1 for distance in probe.distances(probe.outputs(shifted(base, movers)), probe.outputs(base))]
     if not all(outputs):
         raise LayoutError(
             f"{head}: {outputs.count(True)} of {len(outputs)} outputs do (the first is number {outputs.index(True)}), the others don't. A "
@@ -237,7 +242,7 @@ def _check_converted(probe: Probe, base: Flat, found: Resolved, converted: Calla
     expected, actual = probe.outputs(probe.flat), probe.outputs(probe.flat, jax.jit(converted))
     if [a.shape for a in actual] != [e.shape for e in expected]:
         raise LayoutError("converted: its outputs have other shapes than those of fn")
-    if max(map(probe.distance, actual, expected)) <= 1:
+    if max(probe.distances(actual, expected)) <= 1:
         return
     worst = max(float(np.max(np.abs(a - e)) / np.max(np.abs(e))) for a, e in zip(actual, expected, strict=True))
     reason = (

@@ -185,3 +185,30 @@ def test_inspect_knows_what_it_can_t_convert(tmp_path, capsys):
     (tmp_path / "x.safetensors").write_bytes(b"")
     assert main(["inspect", str(tmp_path / "x.safetensors")]) == 2
     assert "prenorm: " in capsys.readouterr().err
+
+
+def test_a_mask_is_copied_infinities_and_all(tmp_path):
+    masks = {
+        "transformer.h.0.attn.masked_bias": np.array(-np.inf, np.float16),  # -1e9, saved in half precision
+        "transformer.h.1.attn.masked_bias": np.array(-1e9, np.float32),
+    }
+    source = small.write(tmp_path / "source", small.gpt2() | masks)
+    found, _ = convert(source, tmp_path / "destination", "--dtype", "float16")
+    for name, mask in masks.items():
+        assert (found[name].dtype, found[name]) == (mask.dtype, mask)
+
+
+def test_a_model_card_in_any_encoding_grows(tmp_path):
+    source = small.write(tmp_path / "source")
+    (source / "README.md").write_bytes("Größe".encode("latin-1"))
+    convert(source, tmp_path / "destination")
+    assert (tmp_path / "destination" / "README.md").read_bytes().startswith("Größe".encode("latin-1"))
+
+
+def test_the_head_of_a_classifier_of_tokens_is_a_reader(tmp_path):
+    head = {"classifier.weight": np.ones((3, small.WIDTH), np.float32), "classifier.bias": np.zeros(3, np.float32)}
+    config = {**small.CONFIG, "architectures": ["GPT2ForTokenClassification"]}
+    source = small.write(tmp_path / "source", small.gpt2() | head, config)
+    found, _ = convert(source, tmp_path / "destination", "--fold")
+    gamma = small.gpt2()["transformer.ln_f.weight"]
+    np.testing.assert_array_equal(found["classifier.weight"], np.tile(gamma, (3, 1)))

@@ -58,6 +58,18 @@ def test_a_sparse_tensor_is_refused(tmp_path):
         open_checkpoint(tmp_path / "x.bin")
 
 
+def test_a_dtype_that_numpy_has_not_is_refused(tmp_path):
+    torch.save({"a": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "m.bin")
+    with pytest.raises(FormatError, match="tensor a is of dtype float8_e4m3fn; expected one that numpy has"):
+        open_checkpoint(tmp_path / "m.bin")
+
+
+def test_a_tensor_without_data_is_refused(tmp_path):
+    torch.save({"a": torch.ones(2, device="meta")}, tmp_path / "m.bin")
+    with pytest.raises(FormatError, match="tensor a was saved without its data"):
+        open_checkpoint(tmp_path / "m.bin")
+
+
 def test_damaged_files_are_refused(tmp_path):
     rng, messages = random.Random(0), []
     for zipped in (True, False):
