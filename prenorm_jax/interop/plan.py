@@ -94,8 +94,8 @@ def make_plan(checkpoint: Checkpoint, *, fold: bool = False, keep_tied: bool = F
     head_is_table = _tied(config, tensors, architecture, file)
     if head_is_table and architecture.head in tensors:
         tensors = {name: tensor for name, tensor in tensors.items() if name != architecture.head}
-    untied = None
-    if head_is_table and architecture.untie and not keep_tied and _has_head(config):
+    untied, unties = None, head_is_table and architecture.untie and not keep_tied
+    if unties and _has_head(config):
         untied = (str(architecture.head), str(architecture.table))
         tensors = {**tensors, untied[0]: tensors[untied[1]]}
     loose = head_is_table and keep_tied and architecture.untie
@@ -115,7 +115,8 @@ def make_plan(checkpoint: Checkpoint, *, fold: bool = False, keep_tied: bool = F
         {**norms, **_kept_norms(architecture, tensors, config, found)},
         {stream.first: stream.starts for stream in found.values() if stream.starts},
         untied,
-        {**config, "tie_word_embeddings": False} if untied else config,
+        # Also where there is no head: one that is put on this model later must not read the recentered table.
+        {**config, "tie_word_embeddings": False} if unties else config,
     )
 
 

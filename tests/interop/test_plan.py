@@ -28,6 +28,18 @@ def test_or_stays_and_what_it_looks_up_is_recentered(tmp_path):
     assert not {"transformer.wte.weight", "transformer.wpe.weight"} & set(found.recenters)
 
 
+def test_a_model_without_a_head_says_that_its_table_is_none(tmp_path):
+    """A language model made of it later would read the recentered table as its head."""
+    config = {**small.CONFIG, "architectures": ["GPT2Model"]}
+    found = plan(tmp_path / "m", config=config)
+    assert found.untied is None
+    assert "transformer.wte.weight" in found.recenters
+    assert found.config["tie_word_embeddings"] is False
+    kept = plan(tmp_path / "n", config=config, keep_tied=True)
+    assert "tie_word_embeddings" not in kept.config
+    assert "transformer.wte.weight" not in kept.recenters
+
+
 def test_eps_is_the_config_s(tmp_path):
     found = plan(tmp_path / "m", config={**small.CONFIG, "layer_norm_epsilon": 1e-6})
     assert {norm["eps"] for norm in found.norms.values()} == {1e-6}
