@@ -370,6 +370,10 @@ def override(tree: dict[str, typing.Any], field: str, text: str, where: str = "c
 
 
 def _parse(field: str, text: str, kind: type) -> object:
+    if kind not in KINDS:
+        raise ConfigError(
+            f"{field}: got {kind.__name__.removesuffix('Type')} in the config; allowed: {', '.join(KINDS.values())}"
+        )
     if kind is bool:
         words = {"true": True, "false": False, "1": True, "0": False}
         require(text.lower() in words, field, text, KINDS[bool])
@@ -419,4 +423,6 @@ def _read_value(field: str, value: object, kind: type) -> object:
     # bool is a subclass of int: True must not pass as a count.
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{field}: got {value!r}; allowed: {KINDS[kind]}")
+    if kind is int and value >= 2**32:  # type: ignore[operator]
+        raise ConfigError(f"{field}: got {value!r}; allowed: an integer below 2**32")
     return value
