@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, in its chart, and another model's workdir is refused untouched."""
 
 import dataclasses
+import math
 import pathlib
 
 import jax
@@ -11,7 +12,7 @@ import small_experiment as small
 
 from prenorm_jax import models
 from prenorm_jax.models.config import ConfigError
-from prenorm_jax.training import checkpoints, data, saving
+from prenorm_jax.training import checkpoints, data, keeping, saving
 from prenorm_jax.training.optimizer import make_optimizer
 from prenorm_jax.training.step import init_state
 
@@ -145,6 +146,13 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path, value):
             manager.save(broken, batches)
         manager.save(dataclasses.replace(state, step=jnp.int32(7)), batches)  # the control
     assert sorted(path.name for path in checkpoints.folder(tmp_path / "run").iterdir()) == ["5", "7"]
+
+
+def test_an_evaluation_that_is_no_number_is_not_the_best():
+    kept = keeping.Kept(1, 1, "loss")
+    for step, loss in ((1, 0.5), (2, math.nan), (3, 0.4), (4, 0.4), (5, math.nan)):
+        kept.judged(step, {"loss": loss})
+    assert kept.stay([1, 2, 3, 4, 5]) == [False, False, False, True, True]
 
 
 def test_the_best_are_kept_beside_the_newest_also_over_a_restart(tmp_path):
