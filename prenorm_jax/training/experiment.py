@@ -160,7 +160,8 @@ class Train:
     eval_examples: held-out examples of one evaluation; 0 means all of them.
     keep: how many checkpoints stay on disk, the newest.
     keep_best: how many stay besides, the best by the held-out best_by (loss or accuracy); every checkpoint is evaluated then.
-    restart_optimizer: whether a checkpoint in other coordinates may be continued, with mapped parameters and an optimizer that begins anew.
+    restart_optimizer: whether a checkpoint in other coordinates, or of another optimizer, may be continued, with mapped parameters and an
+      optimizer that begins anew.
     skip_nonfinite: how many steps whose loss or gradient is not finite a run may leave out before it stops.
     init_from: whose parameters training begins with: a folder that `prenorm import` wrote, or the workdir of a run of the same model in
       any variant and coordinates; empty means random ones.
