@@ -40,6 +40,8 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"{given_fields[0]}: no such flag without --config")
     if not (given.workdir or given.config):
         raise ConfigError("the following arguments are required: --workdir, or --config")
+    if given.prompt is not None and not given.workdir:
+        raise ConfigError("--prompt: got no --workdir; allowed: that of a run")
     given.fields = given_fields
     return given
 
