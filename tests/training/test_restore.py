@@ -360,20 +360,15 @@ def test_a_run_begins_with_the_parameters_of_another_in_its_own_coordinates(run,
         loop._Run(wider, data.load(wider)).initial_state()
 
 
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"name": "lamb"}, "adamw, and now would be lamb"),
-        ({"average": 0.9}, "adamw, and now would be adamw with a moving average"),
-    ],
-)
-def test_another_optimizer_is_refused_and_begins_anew_where_that_is_asked_for(run, fields, said):
+def test_another_optimizer_is_refused_and_begins_anew_where_that_is_asked_for(run):
     experiment, workdir, _ = run
-    now = changed(experiment, optimizer=fields, train={"steps": 13})
-    with pytest.raises(
-        ConfigError, match=rf"holds the state of another optimizer \(.*{said}.*train\.restart_optimizer=True"
-    ):
-        train(now, workdir)
+    for fields, said in (({"name": "lamb"}, "lamb"), ({"average": 0.9}, "adamw with a moving average")):
+        now = changed(experiment, optimizer=fields, train={"steps": 13})
+        message = (
+            rf"holds the state of another optimizer \(adamw, and now would be {said}\).*train\.restart_optimizer=True"
+        )
+        with pytest.raises(ConfigError, match=message):
+            train(now, workdir)
     _, out = train(changed(now, train={"restart_optimizer": True}), workdir)
     assert "optimizer begins anew at step 12: " in out
     assert metrics.read(workdir)[-1]["step"] == 13
