@@ -17,7 +17,7 @@ from absl import logging
 
 from prenorm_jax.measure import evaluation
 from prenorm_jax.models.config import ConfigError
-from prenorm_jax.training.command_line import Flags, read_config
+from prenorm_jax.training.command_line import Flags, read_config, say
 from prenorm_jax.training.compilation_cache import use_compilation_cache
 from prenorm_jax.training.data import DataError
 
@@ -40,6 +40,8 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"{given_fields[0]}: no such flag without --config")
     if not (given.workdir or given.config):
         raise ConfigError("the following arguments are required: --workdir, or --config")
+    if given.prompt is not None and not given.workdir:
+        raise ConfigError("--prompt: got no --workdir; allowed: that of a run")
     given.fields = given_fields
     return given
 
@@ -59,11 +61,11 @@ def main(argv: Sequence[str]) -> int:
             failures = evaluation.evaluate_import(experiment, flags.workdir or pathlib.Path("runs", name), forms)
         else:
             failures = evaluation.evaluate_checkpoint(flags.workdir, forms, flags.best)
-    except (ConfigError, DataError, FileNotFoundError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
+    except (ConfigError, DataError, OSError) as error:
+        say("eval.py", error)
         return 2
     for line in failures:
-        print(f"eval.py: {line}", file=sys.stderr)
+        say("eval.py", line)
     return 1 if failures else 0
 
 

@@ -16,7 +16,7 @@ from absl import logging
 from prenorm_jax import measure
 from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training import checkpoints, distributed, estimate, loop
-from prenorm_jax.training.command_line import Flags, read_config
+from prenorm_jax.training.command_line import Flags, read_config, say
 from prenorm_jax.training.compilation_cache import use_compilation_cache
 from prenorm_jax.training.data import DataError
 from prenorm_jax.training.disk import DiskFull
@@ -62,16 +62,16 @@ def main(argv: Sequence[str]) -> int:
     try:
         run(*read_flags(argv))
     except Interrupted as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        say("train.py", error)
         return error.status
     except (ConfigError, DataError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        say("train.py", error)
         return leave(2)
-    except (FloatingPointError, DiskFull, ProcessLost) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except (FloatingPointError, DiskFull, ProcessLost, OSError) as error:
+        say("train.py", error)
         return leave(1)
     except KeyboardInterrupt:
-        print("train.py: interrupted", file=sys.stderr)
+        say("train.py", "interrupted")
         return leave(130)
     return 0
 

@@ -74,6 +74,53 @@ def test_every_config_reads_and_names_its_own_workdir(monkeypatch):
     assert workdir == pathlib.Path("runs", "vit_i1k-variant-Ti-16-norm-pre_ln")
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("config.py", "def (", "SyntaxError: invalid syntax (config.py, line 1)"),
+        (
+            "config.py",
+            "\nimport nowhere_to_be_found",
+            "ModuleNotFoundError: No module named 'nowhere_to_be_found', line 2",
+        ),
+        (
+            "config.py",
+            "def get_config(arg):\n    return arg.nothing",
+            "AttributeError: 'str' object has no attribute 'nothing', line 2",
+        ),
+        (
+            "config.py",
+            "def get_config():\n    pass",
+            "TypeError: get_config() takes 0 positional arguments but 1 was given",
+        ),
+        ("config.py", "def get_config(arg):\n    return {}", "config.py: got {}; allowed: a ConfigDict"),
+        ("config.txt", "", "allowed: an existing Python file"),
+    ],
+)
+def test_a_config_that_is_none_is_one_line(name, text, line, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    assert train.main([f"--config={tmp_path / name}"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("train.py: --config: ")
+    assert line in err
+
+
+def test_a_line_break_in_a_name_makes_no_second_line(tmp_path, capsys):
+    assert train.main([f"{QUICKSTART}:gpt", "--config.data.root=no\nwhere", f"--workdir={tmp_path}"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_workdir_that_cannot_be_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    for workdir in ("file", "file/run"):
+        assert train.main([QUICKSTART, f"--workdir={tmp_path / workdir}", *fields(train__steps=200)]) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith(f"train.py: --workdir: cannot make {tmp_path / workdir} (")
+        assert (out, err.count("\n")) == ("", 1)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def fields(**more: object) -> list[str]:
     settings = {**TINY, "compare.enabled": False, **{name.replace("__", "."): value for name, value in more.items()}}
     return [f"--config.{name}={value}" for name, value in settings.items()]

@@ -24,14 +24,21 @@ ORACLE_EXAMPLES, ORACLE_TOKENS = 64, 8192  # what the float64 oracle sees at mos
 
 
 def evaluate_checkpoint(workdir: pathlib.Path, forms: tuple[str, ...] = (), best: bool = False) -> list[str]:
-    """Evaluates the newest checkpoint of a workdir, or the best one on disk, as `evaluate_params` does.
+    """Evaluates the newest checkpoint of a workdir, or the best one on disk, as `evaluate_params` does: as in
+    training, the moving average of its weights where one was kept.
 
-    Raises: FileNotFoundError without a checkpoint; ConfigError for an unknown form.
+    Raises: FileNotFoundError without a checkpoint; ConfigError for an unknown form, and for the best of none.
     """
     chosen = _forms(forms)
-    loaded = checkpoints.load(workdir, step=checkpoints.best(workdir) if best else None)
-    experiment, config = loaded.experiment, loaded.experiment.model
-    print(f"{workdir}, step {loaded.step}: {config.norm}, trained in {loaded.coordinates} coordinates")
+    step = checkpoints.best(workdir) if best else None
+    if best and step is None and checkpoints.latest(workdir):
+        raise ConfigError(
+            f"--best: no checkpoint of {workdir} has an evaluation; allowed: without --best, or a run with train.keep_best"
+        )
+    loaded = checkpoints.load(workdir, step=step)
+    experiment, config, average = loaded.experiment, loaded.experiment.model, loaded.experiment.optimizer.average
+    judged = f"; judged is the moving average of its weights (config.optimizer.average = {average})" if average else ""
+    print(f"{workdir}, step {loaded.step}: {config.norm}, trained in {loaded.coordinates} coordinates{judged}")
     return evaluate_params(experiment, loaded.params, workdir, chosen)
 
 
@@ -106,12 +113,16 @@ def _report(experiment: Experiment, params: Tree) -> equivalence.Report:
 
 def write_text(workdir: pathlib.Path, prompt: str, new_tokens: int, temperature: float, top_k: int | None) -> str:
     """The prompt and its continuation by a checkpoint of a byte-level GPT. Raises ConfigError for another model."""
+    try:
+        written = np.frombuffer(prompt.encode(), np.uint8)
+    except UnicodeEncodeError:
+        raise ConfigError(f"--prompt: got {prompt!r}; allowed: text") from None
     loaded = checkpoints.load(workdir)
     config = loaded.experiment.model
     if not isinstance(config, GPTConfig) or config.vocab_size != 256:
         raise ConfigError(f"--prompt: got a checkpoint of {loaded.experiment.data.name}; allowed: a byte-level GPT")
     require(len(prompt) > 0, "--prompt", prompt, "at least one character")
-    tokens = jnp.asarray(np.frombuffer(prompt.encode(), np.uint8), jnp.int32)[None]
+    tokens = jnp.asarray(written, jnp.int32)[None]
     running = models.running(loaded.params, config, loaded.coordinates)
     key = jax.random.key(loaded.experiment.train.seed)
     out = generate(config, running, tokens, new_tokens, temperature=temperature, top_k=top_k, key=key)

@@ -71,8 +71,14 @@ def restarted(fresh: optax.OptState, params: Any, updates: int) -> optax.OptStat
 def differ(then: Experiment, now: Experiment) -> str | None:
     """Why the optimizer's state can't be carried over, or None where it can."""
     if chart(then) == chart(now):
-        return None
+        was, is_now = map(_optimizer, (then, now))
+        return None if was == is_now else f"{was}, and now would be {is_now}"
     return f"trained are the parameters of {' '.join(chart(then))}, and now would be those of {' '.join(chart(now))}"
+
+
+def _optimizer(experiment: Experiment) -> str:
+    """Which state the optimizer keeps."""
+    return experiment.optimizer.name + (" with a moving average" if experiment.optimizer.average else "")
 
 
 def refuse(workdir: pathlib.Path, then: Experiment, now: Experiment) -> None:
@@ -88,8 +94,10 @@ def refuse(workdir: pathlib.Path, then: Experiment, now: Experiment) -> None:
         ) from None
     others = differ(then, now)
     if others and not now.train.restart_optimizer:
+        same = chart(then) == chart(now)
+        holds = "the state of another optimizer" if same else "a checkpoint in other coordinates"
         raise ConfigError(
-            f"workdir: {workdir} holds a checkpoint in other coordinates ({others}); allowed: the same, another --workdir, or "
+            f"workdir: {workdir} holds {holds} ({others}); allowed: the same, another --workdir, or "
             "config.train.restart_optimizer=True: parameters are mapped, Adam's moments have no map and begin anew"
         )
 

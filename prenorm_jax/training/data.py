@@ -175,7 +175,8 @@ def train_batches(
     )
     make = functools.partial(_training_batch, examples, data, batch_size, rows, mixed)
     order = grain.MapDataset.range(len(examples)).seed(data.seed).shuffle().repeat()
-    return Batches(order.batch(distinct).random_map(make), data, len(examples))
+    # The order has no end, so nothing is dropped; counted upwards, batches of one example would be more than an int of the machine holds.
+    return Batches(order.batch(distinct, drop_remainder=True).random_map(make), data, len(examples))
 
 
 def _training_batch(

@@ -7,6 +7,8 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
+from prenorm_jax.models.config import ConfigError
+
 FULL = {errno.ENOSPC, errno.EDQUOT}
 WORDS = ("No space left on device", "Disk quota exceeded")
 
@@ -32,6 +34,19 @@ def full_disks_told(workdir: pathlib.Path) -> Iterator[None]:
         raise DiskFull(
             f"{workdir}: no space left on the disk; stopped{error.told if isinstance(error, NoRoom) else ''}. Rows and checkpoints that "
             "were complete are kept: free some space, and the same command continues from the newest"
+        ) from error
+
+
+@contextlib.contextmanager
+def removed_workdirs_told(workdir: pathlib.Path) -> Iterator[None]:
+    """Raises FileNotFoundError, in one line, in place of what comes of a workdir that is removed under a run; everything else passes."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # Python's and Orbax's; TensorStore's
+        if isinstance(error, ConfigError) or (workdir / "checkpoints").is_dir():
+            raise
+        raise FileNotFoundError(
+            f"{workdir}: its checkpoints are gone; stopped. Something removed or moved them while the run was writing"
         ) from error
 
 

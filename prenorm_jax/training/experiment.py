@@ -160,7 +160,8 @@ class Train:
     eval_examples: held-out examples of one evaluation; 0 means all of them.
     keep: how many checkpoints stay on disk, the newest.
     keep_best: how many stay besides, the best by the held-out best_by (loss or accuracy); every checkpoint is evaluated then.
-    restart_optimizer: whether a checkpoint in other coordinates may be continued, with mapped parameters and an optimizer that begins anew.
+    restart_optimizer: whether a checkpoint in other coordinates, or of another optimizer, may be continued, with mapped parameters and an
+      optimizer that begins anew.
     skip_nonfinite: how many steps whose loss or gradient is not finite a run may leave out before it stops.
     init_from: whose parameters training begins with: a folder that `prenorm import` wrote, or the workdir of a run of the same model in
       any variant and coordinates; empty means random ones.
@@ -370,6 +371,10 @@ def override(tree: dict[str, typing.Any], field: str, text: str, where: str = "c
 
 
 def _parse(field: str, text: str, kind: type) -> object:
+    if kind not in KINDS:
+        raise ConfigError(
+            f"{field}: got {kind.__name__.removesuffix('Type')} in the config; allowed: {', '.join(KINDS.values())}"
+        )
     if kind is bool:
         words = {"true": True, "false": False, "1": True, "0": False}
         require(text.lower() in words, field, text, KINDS[bool])
@@ -419,4 +424,6 @@ def _read_value(field: str, value: object, kind: type) -> object:
     # bool is a subclass of int: True must not pass as a count.
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{field}: got {value!r}; allowed: {KINDS[kind]}")
+    if kind is int and value >= 2**32:  # type: ignore[operator]
+        raise ConfigError(f"{field}: got {value!r}; allowed: an integer below 2**32")
     return value

@@ -2,7 +2,7 @@
 
 Classes are the folders: by the checkpoint's own labels where their names are among them, by number where all names are numbers, and
 otherwise in alphabetical order where there are as many as the model has classes, as ImageNet's are. Where there are two sides, the
-training side's folders say what the classes are.
+training side's folders say what the classes are. Hidden files and folders, as systems and archivers leave them, don't count.
 """
 
 import dataclasses
@@ -71,7 +71,9 @@ def list_pictures(base: pathlib.Path, numbers: Mapping[str, int]) -> Folders:
             raise DataError(f"{base / folder}: no such class among the training pictures; expected the same folders")
         # A scan of names, with no look at each file: ImageNet's 1.28 million take seconds.
         found = sorted(
-            os.fsencode(entry.name) for entry in os.scandir(base / folder) if entry.name.lower().endswith(SUFFIXES)
+            os.fsencode(entry.name)
+            for entry in os.scandir(base / folder)
+            if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
         )
         if not found:
             raise DataError(f"{base / folder}: no pictures in it; expected files with {', '.join(SUFFIXES)}")
@@ -83,7 +85,7 @@ def list_pictures(base: pathlib.Path, numbers: Mapping[str, int]) -> Folders:
 
 def _folders(base: pathlib.Path) -> list[str]:
     try:
-        found = sorted(entry.name for entry in os.scandir(base) if entry.is_dir())
+        found = sorted(entry.name for entry in os.scandir(base) if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise DataError(f"cannot read {base}: {error.strerror}") from error
     if not found:

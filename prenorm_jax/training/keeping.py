@@ -1,6 +1,7 @@
 """Which checkpoints stay on disk: the newest, and the best by the evaluation at their step."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -37,8 +38,9 @@ class Kept(checkpoint_managers.PreservationPolicy):
 
 
 def score(held_out: Mapping[str, float], by: str) -> float:
-    """Held-out values as a number of which more is better."""
-    return held_out[by] if by == "accuracy" else -held_out[by]
+    """Held-out values as a number of which more is better, and NaN the worst."""
+    value = held_out[by] if by == "accuracy" else -held_out[by]
+    return -math.inf if math.isnan(value) else value
 
 
 def best_first(scores: Mapping[int, float], steps: Iterable[int]) -> list[int]:

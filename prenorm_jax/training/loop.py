@@ -11,9 +11,9 @@ import numpy as np
 import rich.console
 
 from prenorm_jax import models
-from prenorm_jax.models.config import require
+from prenorm_jax.models.config import ConfigError, require
 from prenorm_jax.training import boards, checkpoints, data, metrics, saving, sharding, summary
-from prenorm_jax.training.disk import full_disks_told
+from prenorm_jax.training.disk import full_disks_told, is_full, removed_workdirs_told
 from prenorm_jax.training.experiment import Experiment, as_tree
 from prenorm_jax.training.guards import Guard
 from prenorm_jax.training.initial import initial_params
@@ -58,18 +58,18 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
     require(
         experiment.model.norm != "no_norm", "config.model.norm", "no_norm", "a norm: no_norm is a control for timing"
     )
+    _require_platform(experiment.model)
     boards.require_libraries(experiment)
     changed = checkpoints.refuse_other_model(workdir, experiment)
     splits = data.load(experiment)
     run = _Run(experiment, splits)
+    batches = data.train_batches(splits.train, experiment.data, experiment.train.batch_size, *sharding.share(run.mesh))
 
-    with full_disks_told(workdir), contextlib.ExitStack() as stack:
-        workdir.mkdir(parents=True, exist_ok=True)
+    with full_disks_told(workdir), removed_workdirs_told(workdir), contextlib.ExitStack() as stack:
+        _make(workdir)
         if first:
             stack.enter_context(locked(workdir))
         saved = stack.enter_context(saving.Checkpoints(workdir, experiment))
-        share = sharding.share(run.mesh)
-        batches = data.train_batches(splits.train, experiment.data, experiment.train.batch_size, *share)
         stack.callback(batches.close)
         restored = saved.restore(run.initial_state(), batches)
         start, settings = int(restored.state.step), experiment.train
@@ -114,15 +114,17 @@ class _Run:
         # All at once: a schedule asked step by step would queue its arithmetic behind the training step on the device.
         schedule = learning_rate_schedule(experiment.optimizer, settings.steps)
         self.learning_rates = np.asarray(jax.vmap(schedule)(np.arange(settings.steps)))
+        self._begins_with = initial_params(experiment) if settings.init_from else None
 
     def initial_state(self) -> State:
         """The state before the first step, each leaf made where the mesh has it."""
         experiment = self.experiment
         expected = abstract_state(experiment.model, self.tx, experiment.train.coordinates)
         places = sharding.state_shardings(expected, experiment.model, self.tx, self.mesh)
-        if not experiment.train.init_from:
+        if self._begins_with is None:
             return jax.jit(lambda: init_state(initial_params(experiment), self.tx), out_shardings=places)()
-        params = jax.device_put(initial_params(experiment), places.params)
+        params = jax.device_put(self._begins_with, places.params)
+        self._begins_with = None
         return jax.jit(lambda params: init_state(params, self.tx), out_shardings=places)(params)
 
     def steps(
@@ -189,6 +191,29 @@ def evaluate(
     totals = {name: float(np.sum([part[name] for part in sums], dtype=np.float64)) for name in sums[0]}
     weight = totals.pop("weight")
     return task.summary({name: total / weight for name, total in totals.items()})
+
+
+def _make(workdir: pathlib.Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if is_full(error):
+            raise
+        raise ConfigError(
+            f"--workdir: cannot make {workdir} ({error.strerror}); allowed: a folder that can be written"
+        ) from error
+
+
+def _require_platform(model: models.ViTConfig | models.GPTConfig) -> None:
+    """What would fail, or be something else, on the devices of this process."""
+    platform, wide = jax.default_backend(), jax.config.read("jax_enable_x64")
+    for field in ("dtype", "param_dtype"):
+        given = getattr(model, field)
+        allowed = "float32 or bfloat16, or JAX_ENABLE_X64=1 in the environment"
+        require(wide or given != "float64", f"config.model.{field}", given, allowed)
+    if platform == "cpu":
+        require(model.dtype != "float16", "config.model.dtype", model.dtype, "float32 or bfloat16 on cpu")
+        require(model.attention in ("auto", "xla"), "config.model.attention", model.attention, "auto or xla on cpu")
 
 
 def _announce(

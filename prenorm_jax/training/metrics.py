@@ -4,6 +4,7 @@ metrics.jsonl is the record: one JSON object a line, {"kind": "train" or "eval",
 drops the rows beyond the step it resumes from, so that every step stands there once.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -59,16 +60,17 @@ class Nowhere(Metrics):
 
 
 def read(workdir: pathlib.Path) -> list[Row]:
-    """The rows of workdir/metrics.jsonl, oldest first; none where there is no such file."""
+    """The rows of workdir/metrics.jsonl, oldest first, without lines that are none; none where there is no such file."""
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # a process killed inside a write leaves half a line, always the last one
+    for line in path.read_text(errors="replace").splitlines():
+        # A process killed inside a write leaves half a line.
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row:
+                rows.append(row)
     return rows
 
 

@@ -131,6 +131,8 @@ class Pictures:
 
     def _pixels(self, image: Image.Image, seed: int | None) -> np.ndarray:
         mode = "RGB" if self.shape[2] == 3 else "L"
+        if image.mode.startswith("I;16"):  # Pillow would cut values off at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         rng = None if seed is None else np.random.Generator(np.random.PCG64(seed))
         if rng is not None and self.augmentation is not None:
             pixels = self.augmentation(image, mode, rng)

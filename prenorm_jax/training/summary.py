@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from prenorm_jax.training import metrics
+from prenorm_jax.training import keeping, metrics
 from prenorm_jax.training.experiment import Experiment
 
 PACES = ("step_seconds", "tokens_per_second", "images_per_second", "mfu")
@@ -34,7 +34,7 @@ def of(rows: list[metrics.Row], experiment: Experiment) -> dict[str, Any]:
     trains = [row for row in rows if row["kind"] == "train"]
     settings = experiment.train
     by = settings.best_by
-    order = sorted(evals, key=lambda row: row[by], reverse=by == "accuracy")
+    order = sorted(evals, key=lambda row: keeping.score(row, by), reverse=True)
     paces = {name: [row[name] for row in trains if name in row] for name in PACES}
     return {
         "data": experiment.data.name,

@@ -50,11 +50,13 @@ def tokens(path: pathlib.Path, processor: str) -> np.ndarray:
     try:
         if path.suffix == ".npy":
             found = np.load(path, allow_pickle=False)
+            if not isinstance(found, np.ndarray):
+                raise DataError(f"{path}: several arrays; expected one, of integers in one dimension")
             if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
                 raise DataError(f"{path}: {found.dtype} of shape {found.shape}; expected integers in one dimension")
             return found
         text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     file = pathlib.Path(processor) / "tokenizer.json"
     if not file.is_file():

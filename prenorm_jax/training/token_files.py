@@ -72,4 +72,7 @@ def _about(path: pathlib.Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {file}: {error}") from error
+    side = found.get(path.stem, {}) if isinstance(found, dict) else None
+    if not isinstance(side, dict) or not isinstance(found.get("vocab_size", 0), int):
+        raise DataError(f"{file}: not what prenorm_jax.training.prepare writes; expected that, or no such file")
     return found

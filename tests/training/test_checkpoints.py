@@ -1,19 +1,23 @@
 """Checkpoints: what is saved comes back, in its chart, and another model's workdir is refused untouched."""
 
 import dataclasses
+import importlib
+import math
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import small_experiment as small
 
 from prenorm_jax import models
+from prenorm_jax.measure import evaluation
 from prenorm_jax.models.config import ConfigError
-from prenorm_jax.training import checkpoints, data, saving
+from prenorm_jax.training import checkpoints, data, keeping, saving
 from prenorm_jax.training.optimizer import make_optimizer
-from prenorm_jax.training.step import init_state
+from prenorm_jax.training.step import State, init_state
 
 
 def assert_same(a, b) -> None:
@@ -147,6 +151,13 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path, value):
     assert sorted(path.name for path in checkpoints.folder(tmp_path / "run").iterdir()) == ["5", "7"]
 
 
+def test_an_evaluation_that_is_no_number_is_not_the_best():
+    kept = keeping.Kept(1, 1, "loss")
+    for step, loss in ((1, 0.5), (2, math.nan), (3, 0.4), (4, 0.4), (5, math.nan)):
+        kept.judged(step, {"loss": loss})
+    assert kept.stay([1, 2, 3, 4, 5]) == [False, False, False, True, True]
+
+
 def test_the_best_are_kept_beside_the_newest_also_over_a_restart(tmp_path):
     experiment = small.experiment(tmp_path / "library", keep=1, keep_best=1)
     state, batches, _ = saved(tmp_path / "run", experiment, 1)
@@ -162,3 +173,37 @@ def test_the_best_are_kept_beside_the_newest_also_over_a_restart(tmp_path):
     assert checkpoints.load(tmp_path / "run", step=3).step == 3
     with pytest.raises(FileNotFoundError, match="no checkpoint 4 in"):
         checkpoints.load(tmp_path / "run", step=4)
+
+
+def test_an_evaluation_judges_the_average_as_training_does_and_says_so(tmp_path, monkeypatch, capsys):
+    experiment = small.experiment(tmp_path / "library")
+    experiment = dataclasses.replace(experiment, optimizer=dataclasses.replace(experiment.optimizer, average=0.5))
+    state, batches, _ = saved(tmp_path / "run", experiment)
+    average = jax.tree.map(lambda x: x - 3, state.params)
+    opt_state = optax.tree.set(state.opt_state, average=average)
+    with saving.Checkpoints(tmp_path / "run", experiment) as manager:
+        manager.save(State(state.params, opt_state, jnp.int32(6)), batches, held_out={"loss": 1.0})
+    judged = []
+    monkeypatch.setattr(evaluation, "evaluate_params", lambda experiment, params, *rest: judged.append(params) or [])
+    for best in (False, True):
+        assert evaluation.evaluate_checkpoint(tmp_path / "run", best=best) == []
+        assert "judged is the moving average of its weights (config.optimizer.average = 0.5)" in capsys.readouterr().out
+    for params in judged:
+        assert_same(params, average)
+
+
+def test_the_best_of_none_is_refused(tmp_path):
+    saved(tmp_path / "run", small.experiment(tmp_path / "library"))
+    with pytest.raises(ConfigError, match=r"^--best: no checkpoint of .* has an evaluation; allowed: without --best"):
+        evaluation.evaluate_checkpoint(tmp_path / "run", best=True)
+
+
+def test_a_prompt_that_is_no_text_or_of_no_run_is_refused(tmp_path, capsys):
+    main = importlib.import_module("eval").main
+    saved(tmp_path / "run", small.experiment(tmp_path / "library"))
+    for flags, line in (
+        ([f"--workdir={tmp_path / 'run'}", "--prompt=\udcff"], "--prompt: got '\\udcff'; allowed: text"),
+        ([f"--config={tmp_path}", "--prompt=a"], "--prompt: got no --workdir; allowed: that of a run"),
+    ):
+        assert main(flags) == 2
+        assert capsys.readouterr().err == f"eval.py: {line}\n"

@@ -80,6 +80,11 @@ def test_every_pass_has_all_examples_in_its_own_order():
     assert len(set(seen[:, 1])) == 48, "an example of two passes drew the same augmentation twice"
 
 
+def test_a_batch_can_be_one_example():
+    batches = data.train_batches(Numbered(5), Data(augment=False), 1)
+    assert sorted(int(batch["targets"][0]) for batch in take(batches, 5)) == list(range(5))
+
+
 def test_augmentation_can_be_left_out():
     (batch,) = take(data.train_batches(Numbered(8), Data(augment=False), 8), 1)
     assert (batch["inputs"][:, 1] == -1).all()

@@ -50,6 +50,8 @@ IMPOSSIBLE = [
         "config.data.name: got 'stdlib'; allowed: digits, synthetic, image_folder, hugging_face, array_record for config.task",
     ),
     ("data.seed", -1, "config.data.seed: got -1; allowed: 0 or more"),
+    ("train.seed", 2**32, "config.train.seed: got 4294967296; allowed: an integer below 2**32"),
+    ("model.depth", 10**23, "config.model.depth: got 100000000000000000000000; allowed: an integer below 2**32"),
     ("optimizer.learning_rate", "fast", "config.optimizer.learning_rate: got 'fast'; allowed: a number"),
     ("optimizer.learning_rate", float("nan"), "config.optimizer.learning_rate: got nan; allowed: 0 or more"),
     ("optimizer.b2", 1.0, "config.optimizer.b2: got 1.0; allowed: 0 or more and less than 1"),
@@ -131,6 +133,11 @@ def test_a_wrong_flag_is_one_line(field, text, message):
         override(tree, field, text)
     assert str(error.value).startswith(message)
     assert tree == digits_tree()
+
+
+def test_a_flag_for_what_a_config_left_without_a_value_is_one_line():
+    with pytest.raises(ConfigError, match=r"^config\.train: got None in the config; allowed: "):
+        override({"train": None}, "train", "3")
 
 
 def test_differences_name_the_fields():

@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -119,12 +120,64 @@ def test_rows_beyond_the_restored_step_are_dropped(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
 
 
+def test_a_damaged_row_costs_no_other(run, tmp_path):
+    lines = (run[1] / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    rows = metrics.read(run[1])
+    lines[2:5] = [b'{"kind": "tr\xff\n', b"[1, 2]\n", b'{"step": "five", "kind": "train"}\n']
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines))
+    assert metrics.read(tmp_path) == [*rows[:2], *rows[5:]]
+    with metrics.Metrics(tmp_path, 12, run[0]):
+        pass
+    assert metrics.read(tmp_path) == [*rows[:2], *rows[5:]]
+
+
 def test_the_control_without_norms_is_not_trained(run, tmp_path):
     experiment, *_ = run
     control = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, norm="no_norm"))
     with pytest.raises(ConfigError, match=r"config\.model\.norm: got 'no_norm'"):
         train(control, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "message"),
+    [
+        ("train", {"init_from": "nowhere"}, r"config\.train\.init_from: "),
+        ("model", {"dtype": "float16"}, r"config\.model\.dtype: got 'float16'; allowed: .* on cpu"),
+        ("model", {"attention": "cudnn"}, r"config\.model\.attention: got 'cudnn'; allowed: .* on cpu"),
+    ],
+)
+def test_what_can_not_begin_leaves_nothing_behind(run, tmp_path, section, fields, message):
+    experiment, *_ = run
+    given = dataclasses.replace(getattr(experiment, section), **fields)
+    with pytest.raises(ConfigError, match=message):
+        train(dataclasses.replace(experiment, **{section: given}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("field", ["dtype", "param_dtype"])
+def test_float64_that_jax_would_not_compute_in_is_refused(run, tmp_path, field):
+    experiment, *_ = run
+    wide = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, **{field: "float64"}))
+    with (
+        jax.enable_x64(False),
+        pytest.raises(ConfigError, match=rf"config\.model\.{field}: got 'float64'; .*JAX_ENABLE_X64"),
+    ):
+        train(wide, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_is_removed_under_a_run_is_one_line(run, tmp_path, monkeypatch):
+    experiment, *_ = run
+    evaluated = loop.Log.evaluated
+
+    def removing(*arguments):
+        shutil.rmtree(tmp_path / "run")
+        return evaluated(*arguments)
+
+    monkeypatch.setattr(loop.Log, "evaluated", removing)
+    with pytest.raises(FileNotFoundError, match=r"^.*run: its checkpoints are gone; stopped\. Something removed"):
+        train(experiment, tmp_path / "run")
 
 
 def test_unreadable_data_leaves_nothing_behind(run, tmp_path):

@@ -183,6 +183,26 @@ def test_an_unreadable_picture_is_named(tmp_path):
         train.batch(np.array([0]), None)
 
 
+def test_hidden_files_and_folders_are_no_pictures_and_no_classes(tmp_path):
+    root = disk.write_tree(tmp_path)
+    (root / "train" / "n01" / "._n01_0.JPEG").write_bytes(b"an archiver's")
+    (root / "train" / ".thumbnails").mkdir()
+    splits = data.load(experiment_on(root))
+    assert (len(splits.train), len(splits.held_out)) == (12, 6)
+
+
+def test_sixteen_bits_a_pixel_are_as_bright_as_eight(tmp_path):
+    root = disk.write_tree(tmp_path)
+    grey = disk.picture(3).convert("L")
+    for side in ("train", "val"):
+        grey.save(root / side / "n01" / "n01_0.png")
+        Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(root / side / "n01" / "n01_1.png")
+    for side in (data.load(experiment_on(root)).train, data.load(experiment_on(root)).held_out):
+        names = [side.source.where(index).rpartition("/")[2] for index in range(len(side))]
+        eight, sixteen = (side.batch(np.array([names.index(f"n01_{i}.png")]), None)["inputs"] for i in (0, 1))
+        np.testing.assert_array_equal(sixteen, eight)
+
+
 def test_an_empty_folder_and_one_that_is_no_class_are_named(tmp_path):
     root = disk.write_tree(tmp_path)
     for file in (root / "train" / "n02").iterdir():

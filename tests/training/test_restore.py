@@ -360,6 +360,20 @@ def test_a_run_begins_with_the_parameters_of_another_in_its_own_coordinates(run,
         loop._Run(wider, data.load(wider)).initial_state()
 
 
+def test_another_optimizer_is_refused_and_begins_anew_where_that_is_asked_for(run):
+    experiment, workdir, _ = run
+    for fields, said in (({"name": "lamb"}, "lamb"), ({"average": 0.9}, "adamw with a moving average")):
+        now = changed(experiment, optimizer=fields, train={"steps": 13})
+        message = (
+            rf"holds the state of another optimizer \(adamw, and now would be {said}\).*train\.restart_optimizer=True"
+        )
+        with pytest.raises(ConfigError, match=message):
+            train(now, workdir)
+    _, out = train(changed(now, train={"restart_optimizer": True}), workdir)
+    assert "optimizer begins anew at step 12: " in out
+    assert metrics.read(workdir)[-1]["step"] == 13
+
+
 def test_a_restarted_optimizer_has_no_moments_and_its_learning_rate_goes_on(tmp_path):
     experiment = changed(small.experiment(tmp_path / "library"), optimizer={"average": 0.9})
     tx = loop._Run(experiment, data.load(experiment)).tx

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from prenorm_jax.models.config import GPTConfig
-from prenorm_jax.training import data, prepare, token_files
+from prenorm_jax.training import data, prepare, text, token_files
 from prenorm_jax.training.data import DataError
 from prenorm_jax.training.experiment import Data, Experiment
 from prenorm_jax.training.windows import Windows
@@ -130,6 +130,23 @@ def text_of(folder, *names):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(f"{name} line {i}\n" for i in range(200)))
     return folder
+
+
+@pytest.mark.parametrize("said", ["[1]", "3", '{"train": 5}', '{"train": {"tokens": 100}, "vocab_size": "all"}'])
+def test_a_tokens_json_that_says_nothing_is_named(tmp_path, said):
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    (tmp_path / "tokens.json").write_text(said)
+    with pytest.raises(DataError, match=r"tokens\.json: not what "):
+        token_files.open_tokens(tmp_path / "train.bin", "uint16", 256)
+
+
+def test_a_npy_file_of_nothing_or_of_several_arrays_is_named(tmp_path):
+    (tmp_path / "empty.npy").write_bytes(b"")
+    with (tmp_path / "several.npy").open("wb") as stream:
+        np.savez(stream, a=np.arange(3))
+    for name in ("empty", "several"):
+        with pytest.raises(DataError, match=rf"{name}\.npy: "):
+            text.tokens(tmp_path / f"{name}.npy", "")
 
 
 def test_prepared_bytes_are_the_text_s_in_order(tmp_path):

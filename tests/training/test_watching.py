@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import io
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -126,6 +127,14 @@ def test_the_summary_says_what_came_of_it(runs):
         assert picture.size[0] > 1000
     worse = [*rows, {**rows[-1], "step": 7, "loss": 99.0}]
     assert summary.of(worse, runs.base)["best"] == found["best"]
+
+
+def test_the_best_evaluation_is_a_number_where_one_is(runs):
+    rows = [
+        {"kind": "eval", "step": step, "loss": loss}
+        for step, loss in ((1, math.nan), (2, 0.3), (3, math.nan), (4, 0.5))
+    ]
+    assert summary.of(rows, runs.base)["best"] == {"step": 2, "loss": 0.3}
 
 
 def test_mfu_is_of_the_known_peak_and_not_of_an_unknown_one(monkeypatch):
