@@ -37,6 +37,24 @@ def test_plain_scatters_carry_zero_mean(check):
     check(fn, small(cls=normal(D)), normal(B, L, 5), sites=1, grads=True)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("how", ["set", "add", "subtract", "multiply", "min", "max", "apply"])
+def test_scatters_of_narrow_programs_are_verified(how, dtype):
+    """The function that a scatter applies is written for the width it was traced in, and verified in float64."""
+
+    def fn(p, x):
+        y = rsqrt_norm(x @ p["w"], p["ln"])
+        at = y.at[:, jnp.asarray([0, 0])]
+        y = at.apply(jnp.tanh) if how == "apply" else getattr(at, how)(y[:, 1:3])
+        return y @ p["head"]
+
+    params = jax.tree.map(lambda a: jnp.asarray(a, dtype), small())
+    with jax.enable_x64(False):
+        out = convert(fn, params, jnp.asarray(normal(B, L, 5), dtype))
+    assert out.report.converted == 1
+    assert out.report.error < 1e-10
+
+
 def test_two_draws_stay_two_draws():
     """The device's own generator gives something else at every call: no common subexpression, and no constant."""
 
@@ -105,6 +123,16 @@ def test_kernels_and_callbacks_beside_the_stream(check):
         return jax.pure_callback(lambda a: np.asarray(a) * 3.0, jax.ShapeDtypeStruct(y.shape, y.dtype), y)
 
     check(fn, small(), normal(B, L, 5), sites=1)
+
+
+def test_a_linear_solve_beside_the_stream(check):
+    """Its four sub-programs are a named tuple."""
+
+    def fn(p, x):
+        n = rsqrt_norm(x @ p["w"], p["ln"])
+        return jnp.linalg.solve(n @ n.swapaxes(1, 2) + jnp.eye(L)[None], n) @ p["head"]
+
+    check(fn, small(), normal(B, L, 5), sites=1, grads=True)
 
 
 @pytest.mark.parametrize("reader", [jnp.sort, lambda y: jax.lax.top_k(y, D)[0], lambda y: jnp.sort(y, 1)])
