@@ -135,7 +135,8 @@ class _Normalizer:
 
     def _param(self, value: Any) -> Any:
         if isinstance(value, (tuple, list)) and value and all(is_program(v) for v in value):
-            return type(value)(self._param(v) for v in value)
+            make = getattr(value, "_make", type(value))  # a named tuple's
+            return make(self._param(v) for v in value)
         if not is_program(value):
             return value
         jaxpr, consts = open_program(value)
