@@ -86,7 +86,8 @@ def _run(jaxpr: Any, consts: list, args: list) -> list:
     for k, eqn in enumerate(jaxpr.eqns):
         if not eqn.outvars and not any(map(is_ref, eqn.invars)):
             continue  # a print or a check: it is for the program's own runs
-        env.update(zip(eqn.outvars, _equation(eqn, [read(a) for a in eqn.invars]), strict=True))
+        with eqn.ctx.manager:
+            env.update(zip(eqn.outvars, _equation(eqn, [read(a) for a in eqn.invars]), strict=True))
         for a in (*eqn.invars, *eqn.outvars):
             if is_var(a) and a not in kept and last_use.get(a, k) == k:
                 env.pop(a, None)
