@@ -20,7 +20,7 @@ import numpy as np
 
 from prenorm_jax.tracing.float64 import evaluate64
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import Program, bind, is_float, is_var, names, shape_of, sub_program
+from prenorm_jax.tracing.jaxprs import Program, bind, bodies_in, is_float, is_var, names, shape_of, sub_program
 from prenorm_jax.tracing.normal_form import normalize
 from prenorm_jax.tracing.shift import Shifts
 from prenorm_jax.tracing.sites import find_sites
@@ -60,13 +60,20 @@ def refusal(eqn: Any) -> str:
     except Exception as error:
         return f"its rule can't be traced: {type(error).__name__}"
     key = f"{avals}\n{rule.jaxpr}\n{own.jaxpr}"
-    known = not rule.consts and not own.consts
+    known = _is_its_text(rule) and _is_its_text(own)
     if not known or key not in _verdicts:
         verdict = _strange(rule, "its rule") or _strange(own, "its function") or _difference(rule, own)
         if not known:
             return verdict
         _verdicts[key] = verdict
     return _verdicts[key]
+
+
+def _is_its_text(program: Program) -> bool:
+    """Whether a program is all that is printed of it: arrays of numbers, also those in sub-programs, are cut short in print."""
+    eqns = program.jaxpr.eqns
+    arrays = any(np.shape(a.val) for e in eqns for a in e.invars if not is_var(a))
+    return not program.consts and not arrays and not any(bodies_in(e.params) for e in eqns)
 
 
 def _hands_on(eqn: Any) -> bool:

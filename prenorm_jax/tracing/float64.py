@@ -20,6 +20,7 @@ from prenorm_jax.tracing.jaxprs import (
     Program,
     Varying,
     bind,
+    close_like,
     is_float,
     is_ref,
     is_var,
@@ -85,7 +86,8 @@ def _run(jaxpr: Any, consts: list, args: list) -> list:
     for k, eqn in enumerate(jaxpr.eqns):
         if not eqn.outvars and not any(map(is_ref, eqn.invars)):
             continue  # a print or a check: it is for the program's own runs
-        env.update(zip(eqn.outvars, _equation(eqn, [read(a) for a in eqn.invars]), strict=True))
+        with eqn.ctx.manager:
+            env.update(zip(eqn.outvars, _equation(eqn, [read(a) for a in eqn.invars]), strict=True))
         for a in (*eqn.invars, *eqn.outvars):
             if is_var(a) and a not in kept and last_use.get(a, k) == k:
                 env.pop(a, None)
@@ -102,12 +104,23 @@ def _equation(eqn: Any, args: list) -> list:
         wide = [_wide(jax.lax.convert_element_type(a, jnp.float64)) for a in args]
         return [eqn.primitive.bind(*wide, **{**eqn.params, "preferred_element_type": jnp.dtype("float64")})]
     if name in _WIDENED:
-        return bind(eqn, _agreed(args, eqn))
+        return bind(_updating64(eqn), _agreed(args, eqn))
     structured = _STRUCTURED.get(name)
     if structured is not None:
         return structured(eqn, args)
     narrow = [_narrow(a, v.aval) for a, v in zip(args, eqn.invars, strict=True)]
     return [_wide(o) for o in bind(eqn, narrow)]
+
+
+def _updating64(eqn: Any) -> Any:
+    """A scatter whose update function takes float64, too; any other equation as it is."""
+    update = eqn.params.get("update_jaxpr")
+    if update is None or not is_float(eqn.outvars[0]):
+        return eqn
+    jaxpr, _ = open_program(update)
+    entries = [jnp.zeros((), jnp.float64)] * len(jaxpr.invars)
+    wide, consts = open_program(jax.make_jaxpr(lambda *a: _run(jaxpr, eqn.params["update_consts"], list(a)))(*entries))
+    return eqn.replace(params={**eqn.params, "update_jaxpr": close_like(update, wide), "update_consts": tuple(consts)})
 
 
 def _agreed(args: list, eqn: Any) -> list:

@@ -29,6 +29,7 @@ from prenorm_jax.tracing.jaxprs import (
     is_float,
     is_program,
     is_var,
+    line_of,
     literal,
     live_eqns,
     names,
@@ -67,15 +68,17 @@ class _Normalizer:
         outvars = [_read(env, a) for a in jaxpr.outvars]
         return remake(jaxpr, [*invars, *filter(is_var, const_atoms)], outvars, live_eqns(eqns, outvars))
 
-    def emit(self, jaxpr: Any, env: dict, eqns: list, seen: dict, scope: str) -> None:
+    def emit(self, jaxpr: Any, env: dict, eqns: list, seen: dict, scope: str, caller: Any = None) -> None:
         for eqn in jaxpr.eqns:
+            if caller is not None and not line_of(eqn):
+                eqn = _called_from(eqn, caller)
             name = eqn.primitive.name
             args = [_read(env, a) for a in eqn.invars]
             if self._inlines(eqn, name):
                 inner, consts = sub_program(eqn.params, "jaxpr" if "jaxpr" in eqn.params else "call_jaxpr")
                 inner_env = dict(zip(inner.invars, args, strict=True))
                 inner_env.update({v: literal(c, v.aval) for v, c in zip(inner.constvars, consts, strict=True)})
-                self.emit(inner, inner_env, eqns, seen, _join(scope, eqn))
+                self.emit(inner, inner_env, eqns, seen, _join(scope, eqn), eqn)
                 outs = [_read(inner_env, a) for a in inner.outvars]
             elif (
                 plainer := _as_sum(eqn, name, args, [self.number(a) for a in args]) or _as_mul(eqn, name)
@@ -135,7 +138,8 @@ class _Normalizer:
 
     def _param(self, value: Any) -> Any:
         if isinstance(value, (tuple, list)) and value and all(is_program(v) for v in value):
-            return type(value)(self._param(v) for v in value)
+            make = getattr(value, "_make", type(value))  # a named tuple's
+            return make(self._param(v) for v in value)
         if not is_program(value):
             return value
         jaxpr, consts = open_program(value)
@@ -202,6 +206,11 @@ def _pvary_of(eqn: Any, aval: Any) -> Any:
 def _join(scope: str, eqn: Any) -> str:
     stack = str(eqn.source_info.name_stack)
     return "/".join(s for s in (scope, stack) if s)
+
+
+def _called_from(eqn: Any, caller: Any) -> Any:
+    """An equation of a function of JAX, with the line that called it: its own are none of the caller's code."""
+    return eqn.replace(source_info=eqn.source_info.replace(traceback=caller.source_info.traceback))
 
 
 def _rescope(eqn: Any, scope: str) -> Any:

@@ -350,6 +350,15 @@ def test_kept_with_a_reason(fn, reason):
     assert reason in kept(fn, SMALL, normal(B, L, 5))
 
 
+def test_a_reason_says_the_line_also_where_a_function_of_jax_was_called():
+    def fn(p, x):
+        y = jnp.clip(x @ p["w"], -3.0, 3.0)
+        return rsqrt_norm(jnp.clip(rsqrt_norm(x @ p["w"], p["ln"]) @ p["w2"] + y, -3.0, 3.0), p["ln"]) @ p["head"]
+
+    reasons = [s.reason for s in convert(fn, {**SMALL, "w2": normal(D, D)}, normal(B, L, 5), partial=True).report.sites]
+    assert all("test_plain.py" in reason for reason in reasons), reasons
+
+
 def test_an_unknown_primitive_is_named_and_can_be_taught():
     def fn(p, x):
         y = x @ p["w"]

@@ -7,6 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from test_plain import normal
 
+from prenorm_jax.tracing import convert
+
 D, F, B, L, V = 8, 8, 4, 2, 6
 
 
@@ -64,6 +66,31 @@ def test_a_block_split_over_devices(check):
     fn = jax.shard_map(run, mesh=mesh(), in_specs=(MEGATRON, P("data")), out_specs=P("data"))
     out = check(fn, parameters(), normal(B, L, 5), sites=2)
     assert ("block/down", (-1,)) in out.report.leaves
+
+
+def test_shardings_in_types():
+    """An explicit mesh: indexing switches to automatic axes for a few equations, which verification has to do, too."""
+    explicit = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+
+    def fn(p, t):
+        x = p["table"].at[t].get(out_sharding=P("data", None, None))
+        h = jax.nn.gelu(norm(x, p["block"]["ln"]) @ p["block"]["up"] + p["block"]["up_b"][None, None])
+        down = jnp.einsum("blf,fd->bld", h, p["block"]["down"], out_sharding=P("data", None, None))
+        return norm(x + down + p["block"]["down_b"][None, None], p["ln"]) @ p["head"]
+
+    params = {**parameters(), "table": normal(V, D)}
+    params.pop("in")
+    with jax.set_mesh(explicit):
+        params = jax.tree.map(lambda a: jax.device_put(a, P()), params)
+        params["block"]["up"] = jax.device_put(params["block"]["up"], P(None, "model"))
+        params["block"]["down"] = jax.device_put(params["block"]["down"], P("model", None))
+        tokens = jax.device_put(jnp.arange(B * L).reshape(B, L) % V, P("data"))
+        out = convert(fn, params, tokens)
+        assert out.report.converted == 2
+        assert out.report.error < 1e-10
+        found, wanted = out.fn(out.params, tokens), fn(params, tokens)
+        assert found.sharding == wanted.sharding
+        assert jnp.allclose(found, wanted, atol=1e-10)
 
 
 def test_features_gathered_from_devices(check):

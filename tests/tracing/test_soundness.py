@@ -37,6 +37,24 @@ def test_plain_scatters_carry_zero_mean(check):
     check(fn, small(cls=normal(D)), normal(B, L, 5), sites=1, grads=True)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("how", ["set", "add", "subtract", "multiply", "min", "max", "apply"])
+def test_scatters_of_narrow_programs_are_verified(how, dtype):
+    """The function that a scatter applies is written for the width it was traced in, and verified in float64."""
+
+    def fn(p, x):
+        y = rsqrt_norm(x @ p["w"], p["ln"])
+        at = y.at[:, jnp.asarray([0, 0])]
+        y = at.apply(jnp.tanh) if how == "apply" else getattr(at, how)(y[:, 1:3])
+        return y @ p["head"]
+
+    params = jax.tree.map(lambda a: jnp.asarray(a, dtype), small())
+    with jax.enable_x64(False):
+        out = convert(fn, params, jnp.asarray(normal(B, L, 5), dtype))
+    assert out.report.converted == 1
+    assert out.report.error < 1e-10
+
+
 def test_two_draws_stay_two_draws():
     """The device's own generator gives something else at every call: no common subexpression, and no constant."""
 
@@ -107,6 +125,16 @@ def test_kernels_and_callbacks_beside_the_stream(check):
     check(fn, small(), normal(B, L, 5), sites=1)
 
 
+def test_a_linear_solve_beside_the_stream(check):
+    """Its four sub-programs are a named tuple."""
+
+    def fn(p, x):
+        n = rsqrt_norm(x @ p["w"], p["ln"])
+        return jnp.linalg.solve(n @ n.swapaxes(1, 2) + jnp.eye(L)[None], n) @ p["head"]
+
+    check(fn, small(), normal(B, L, 5), sites=1)
+
+
 @pytest.mark.parametrize("reader", [jnp.sort, lambda y: jax.lax.top_k(y, D)[0], lambda y: jnp.sort(y, 1)])
 def test_sorted_features_are_read(reader):
     fn = lambda p, x: head(p, x @ p["w"]) + reader(x @ p["w"])[..., :3]  # noqa: E731
@@ -170,6 +198,20 @@ def test_a_rule_that_is_right_for_positive_inputs_alone():
         lambda x: (plain_norm(x), x), lambda x, g: jax.vjp(plain_norm, x)[1](g * (x / jnp.sqrt(x * x)).mean() ** 2)
     )
     assert "differ" in kept(lambda p, x: norm(x @ p["w"]) @ p["head"], SMALL, normal(B, L, 5))
+
+
+def test_rules_that_differ_in_a_number_that_is_not_printed():
+    """A verdict is remembered, but not for another rule whose long constant looks the same in print."""
+    wide = 2048
+
+    def scaled(middle):
+        weights = np.where(np.arange(wide) == wide // 2, middle, 1.0)
+        return ruled(jax.jit(lambda g: g * weights[None]))
+
+    params = {"w": normal(5, wide), "head": normal(wide, 3)}
+    right, wrong = scaled(1.0), scaled(5.0)
+    assert convert(lambda p, x: right(x @ p["w"]) @ p["head"], params, normal(B, 5)).report.converted == 1
+    assert "differ" in kept(lambda p, x: wrong(x @ p["w"]) @ p["head"], params, normal(B, 5))
 
 
 # --- what belongs to a call ---
