@@ -307,7 +307,7 @@ def _transform(
     found = spec.resolve(params)
     old = leaves(params)
     new = dict(old)
-    _require_floating(found, old)
+    _require_floats(found, old)
     _check_kept(found, reader, spare)
     gained: dict[str, tuple[str, int]] = {}
     read = set()  # a kernel behind several norms (without affine) is one kernel
@@ -382,7 +382,7 @@ def _refuse_packed(params: Tree, spec: MainBranch, found: Resolved) -> None:
     writers = [(flat[path], axis) for path, axis in found.writers]
     if not readers or not all(reader.new_bias for reader in readers):
         return
-    if any(isinstance(leaf, jax.core.Tracer) for leaf, _ in writers):
+    if any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf, _ in writers):
         return
     if any(np.any(np.asarray(last(leaf, axis)) != 0) for leaf, axis in writers):
         return
@@ -392,10 +392,14 @@ def _refuse_packed(params: Tree, spec: MainBranch, found: Resolved) -> None:
         )
 
 
-def _require_floating(found: Resolved, flat: dict[str, Array]) -> None:
-    """Refuses leaves in which a mean can't be stored."""
+def _require_floats(found: Resolved, flat: dict[str, Array]) -> None:
+    """Refuses leaves in which a mean can't be stored, and leaves without values."""
     paths = [*(path for path, _ in found.writers), *(r.kernel for n in found.norms if n.folds for r in n.readers)]
     for path in paths:
+        if isinstance(flat[path], jax.ShapeDtypeStruct):
+            raise LayoutError(
+                f"{path}: is a shape without values; expected an array (for the shapes of the result: jax.eval_shape(transform, params))"
+            )
         if not jnp.issubdtype(flat[path].dtype, jnp.floating):
             raise LayoutError(
                 f"{path}: is {flat[path].dtype}; expected a floating dtype (of a quantised tree, convert the one it was made from)"

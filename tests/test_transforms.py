@@ -462,3 +462,14 @@ def test_a_quantised_leaf_is_refused(path):
     params = with_leaves(params, {**leaves(params), path: np.asarray(leaves(params)[path]).astype(np.int8)})
     with pytest.raises(pn.LayoutError, match=f"{path}: is int8; expected a floating dtype"):
         pn.to_pre_rmsnorm(params, SPEC)
+
+
+def test_leaves_that_are_no_arrays_are_named_where_they_have_a_role_and_left_alone_elsewhere():
+    spec = MainBranch([Writer("w")], [Norm([Reader("r")])], others=["step"])
+    params = {"w": np.ones((3, 4)), "r": np.ones((4, 2)), "step": 7}
+    assert pn.to_pre_rmsnorm(params, spec)["step"] == 7
+    with pytest.raises(pn.LayoutError, match="w: is no array with axes"):
+        pn.to_pre_rmsnorm({**params, "w": 3.0}, spec)
+    shapes = jax.eval_shape(lambda: {name: params[name] for name in ("w", "r")})
+    with pytest.raises(pn.LayoutError, match=r"w: is a shape without values; .*jax\.eval_shape"):
+        pn.to_pre_rmsnorm({**shapes, "step": 7}, spec)

@@ -220,10 +220,11 @@ def _nominal_width(width: int | tuple[str, int] | None, shapes: Shapes) -> int |
 
 
 def _size(path: str, axis: int, shapes: Shapes) -> int:
-    if -axis > len(shapes[path]):
-        raise LayoutError(
-            f"{path} {shapes[path]}: axis {axis} does not exist; give an axis from -{len(shapes[path])} to -1"
-        )
+    axes = len(shapes[path])
+    if not axes:
+        raise LayoutError(f"{path}: is no array with axes; expected one")
+    if -axis > axes:
+        raise LayoutError(f"{path} {shapes[path]}: axis {axis} does not exist; give an axis from -{axes} to -1")
     return shapes[path][axis]
 
 

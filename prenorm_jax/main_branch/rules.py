@@ -137,7 +137,7 @@ class MainBranch:
 
         Raises: LayoutError, as the package's docstring says.
         """
-        shapes = {path: tuple(leaf.shape) for path, leaf in leaves(params).items()}
+        shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves(params).items()}
         for pattern in dict(self.stacked):
             patterns.found(pattern, shapes)
         for path, axis in self._layer_axes(shapes).items():
