@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from prenorm_jax import models
-from prenorm_jax.interop.families import Family, ImportRefused, Source, recognise
+from prenorm_jax.interop.families import Family, recognise
 from prenorm_jax.interop.formats import Checkpoint, open_checkpoint
 from prenorm_jax.interop.key_maps import RESHAPES, Row
 from prenorm_jax.interop.positions import resized
+from prenorm_jax.interop.source import ImportRefused, Source
 from prenorm_jax.interop.tensors import Tensor, is_float
 from prenorm_jax.models import GPTConfig, ViTConfig
 from prenorm_jax.models.config import ConfigError

@@ -13,9 +13,10 @@ from typing import Any
 
 from prenorm_jax import models
 from prenorm_jax.interop import stored
-from prenorm_jax.interop.families import FAMILIES, ImportRefused
+from prenorm_jax.interop.families import FAMILIES
 from prenorm_jax.interop.formats import open_checkpoint
 from prenorm_jax.interop.importing import import_checkpoint
+from prenorm_jax.interop.source import ImportRefused
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

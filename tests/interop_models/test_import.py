@@ -11,10 +11,10 @@ import pytest
 from prenorm_jax import models
 from prenorm_jax.interop.__main__ import main
 from prenorm_jax.interop.exporting import exported
-from prenorm_jax.interop.families import ImportRefused
 from prenorm_jax.interop.formats import open_checkpoint
 from prenorm_jax.interop.importing import import_checkpoint
 from prenorm_jax.interop.positions import resized
+from prenorm_jax.interop.source import ImportRefused
 from prenorm_jax.paths import leaves
 
 pytestmark = pytest.mark.slow  # on one Python
