@@ -14,6 +14,7 @@ import prenorm_jax as pn
 from prenorm_jax import models, norms
 from prenorm_jax.models import GPT_SIZES, VIT_SIZES, GPTConfig, ViTConfig, gpt_config, vit_config
 from prenorm_jax.models.attention import attend
+from prenorm_jax.paths import leaves
 
 VARIANTS = {
     "pre_rmsnorm": {"norm": "pre_rmsnorm"},
@@ -61,6 +62,15 @@ def _oracle(name, random_params):
     config = CONFIGS[name]
     params = random_params(config)
     return params, outcome(config, params)
+
+
+def without_key_biases(gradient):
+    """The same to every query, they move no softmax: their gradient is rounding, which has no scale of its own."""
+    scale = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(gradient))
+    found = dict(leaves(gradient))
+    for path in [path for path in found if path.endswith("attn/key/bias")]:
+        assert np.max(np.abs(found.pop(path))) <= 1e-13 * scale
+    return found
 
 
 def assert_near(actual, expected, tolerance=EXACT):
@@ -227,11 +237,7 @@ def test_stacked_and_looped_layers_and_remat_are_one_function(name, random_param
         assert_near(ours, logits, 1e-13)
         assert_near(our_branch, branch, 1e-13)
         ours = models.unstack_layers(our_gradient) if scan else our_gradient
-        assert jax.tree.structure(ours) == jax.tree.structure(gradient)
-        # Together: a key's bias has no gradient but rounding.
-        assert_near(
-            *(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (ours, gradient)), 1e-13
-        )
+        assert_same(without_key_biases(ours), without_key_biases(gradient), 1e-11)
     assert_same(models.unstack_layers(models.stack_layers(params)), params)
 
 
