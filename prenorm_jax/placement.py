@@ -110,6 +110,18 @@ _gathered.defvjp(
 )
 
 
+def in_turn(ahead: Any, x: Array) -> tuple[Any, Array]:
+    """A tree of weights that a later layer reads, and the main branch x, unchanged, once both are there.
+
+    What devices exchange of the weights then begins no earlier than this layer, and what they exchange of their gradients ends before the
+    backward pass leaves it: layer by layer, beside the products of another one, where XLA would gather the exchanges of all layers.
+    """
+    here = sizes()
+    if here.get(DATA, 1) * here.get(FSDP, 1) == 1:
+        return ahead, x
+    return jax.lax.optimization_barrier((ahead, x))
+
+
 def on_each_device(
     function: Callable[..., Any],
     arrays: tuple[Array, ...],

@@ -1,8 +1,9 @@
 """What a second device costs: a training step on N devices against one device, at the same batch for each device.
 
 Every case is compiled ahead of time in one process; windows of steps are taken in turn, one device, then each of the meshes, then again.
-A ratio is taken between windows of the same round. The control is one device once more, compiled by itself: what it differs by from
-itself is the noise.
+A ratio is taken between windows of the same round. There are two controls. One device once more, compiled by itself: what it differs
+by from itself is the noise. And the same step on every device at once, each by itself, until the last is done: what an exchange that costs
+nothing would take, for no two cards are equally fast, and a step on several waits for the slowest of them.
 
     python -m prenorm_jax.measure devices vit B/16 --per-device 256 --json FILE
     python -m prenorm_jax.measure devices gpt small --per-device 16 --options default,overlap,overlap+buckets --json FILE
@@ -12,6 +13,7 @@ itself is the noise.
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -31,27 +33,25 @@ from prenorm_jax.training.step import compiler_options, init_state, make_train_s
 BAR = 1.04
 MESHES = ("data", "fsdp", "tensor")
 
+
+def _buckets(size: int) -> dict[str, Any]:
+    kinds = ("all_reduce", "all_gather", "reduce_scatter")
+    return {f"xla_gpu_{kind}_combine_threshold_bytes": size for kind in kinds}
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     # Collectives start early and are waited for late; the scheduler knows what they take.
     "overlap": {"xla_gpu_enable_latency_hiding_scheduler": True},
     "serial": {"xla_gpu_enable_latency_hiding_scheduler": False},
     # How many bytes of gradients are exchanged at once: less starts earlier, more wastes less.
-    "one-piece": {
-        "xla_gpu_all_reduce_combine_threshold_bytes": 2**31,
-        "xla_gpu_all_gather_combine_threshold_bytes": 2**31,
-        "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**31,
-    },
-    "buckets": {
-        "xla_gpu_all_reduce_combine_threshold_bytes": 2**25,
-        "xla_gpu_all_gather_combine_threshold_bytes": 2**25,
-        "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**25,
-    },
-    "small-buckets": {
-        "xla_gpu_all_reduce_combine_threshold_bytes": 2**23,
-        "xla_gpu_all_gather_combine_threshold_bytes": 2**23,
-        "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**23,
-    },
+    "one-piece": _buckets(2**31),
+    "buckets": _buckets(2**25),
+    "small-buckets": _buckets(2**23),
+    "tiny-buckets": _buckets(2**21),
+    # How many multiprocessors an exchange takes from what runs beside it.
+    "few-channels": {"xla_gpu_nccl_collective_max_nchannels": 8},
+    "early": {"xla_gpu_experimental_collective_start_as_early_as_possible": True},
     # Products and collectives on streams of their own also where the scheduler is off.
     "memcpy": {"xla_gpu_use_memcpy_local_p2p": True},
     "user-buffers": {"xla_gpu_enable_nccl_user_buffers": True},
@@ -78,9 +78,10 @@ class Comparison:
     options: tuple[str, ...] = ("default",)
 
 
-def case(work: Work, form: Form, mesh: Mesh, options: Mapping[str, Any]) -> step_time.Case:
-    """The compiled step of a work on a mesh, each device with the work's batch, and the state that it goes on from."""
-    places = sharding.make_mesh(mesh)
+def case(work: Work, form: Form, mesh: Mesh, options: Mapping[str, Any], on: list[Any] | None = None) -> step_time.Case:
+    """The compiled step of a work on a mesh (of these devices, where some are given), each device with the work's batch, and the state
+    that it goes on from."""
+    places = sharding.make_mesh(mesh, on)
     whole = dataclasses.replace(work, batch=work.batch * mesh.data * mesh.fsdp)
     model, tx = whole.config(form), optimizer()
     step: Any = make_train_step(model, whole.task, tx, coordinates=whole.coordinates, mesh=places, options=options)
@@ -89,6 +90,17 @@ def case(work: Work, form: Form, mesh: Mesh, options: Mapping[str, Any]) -> step
     batch = sharding.whole_batch(whole.data(), places)
     program, seconds = step_time.compiled(step, state, batch)
     return step_time.Case(lambda state: program(state, batch)[0], state, program, seconds)
+
+
+def each_by_itself(work: Work, form: Form, devices: int) -> step_time.Case:
+    """The compiled steps of a work on one device each, all at once; a step is done when the last of them is."""
+    cases = [case(work, form, Mesh(data=1), {}, [device]) for device in jax.devices()[:devices]]
+
+    def step(states: list[Any]) -> list[Any]:
+        return [case.step(state) for case, state in zip(cases, states, strict=True)]
+
+    seconds = sum(case.compile_seconds for case in cases)
+    return step_time.Case(step, [case.carry for case in cases], cases[0].compiled, seconds)
 
 
 def measure(
@@ -103,16 +115,19 @@ def measure(
     for axis in this.meshes:
         require_one_of("--meshes", axis, MESHES)
     sets = {name: chosen(name) for name in this.options}
-    wanted: dict[str, tuple[Mesh, dict[str, Any]]] = {
-        "one device": (Mesh(data=1), {}),
-        "one device again": (Mesh(data=1), {}),
+    one = functools.partial(case, this.work, this.form, Mesh(data=1), {})
+    wanted: dict[str, Callable[[], step_time.Case]] = {
+        "one device": one,
+        "one device again": one,
+        "each by itself": functools.partial(each_by_itself, this.work, this.form, this.devices),
     }
     for name, options in sets.items():
         for axis in this.meshes:
-            wanted[f"{axis}, {name}"] = (Mesh(**{"data": 1, axis: this.devices}), options)
+            mesh = Mesh(**{"data": 1, axis: this.devices})
+            wanted[f"{axis}, {name}"] = functools.partial(case, this.work, this.form, mesh, options)
     cases = {}
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        futures = {name: pool.submit(case, this.work, this.form, *how) for name, how in wanted.items()}
+        futures = {name: pool.submit(make) for name, make in wanted.items()}
         for name, future in futures.items():
             try:
                 cases[name] = future.result()
@@ -129,6 +144,7 @@ def measure(
         name: {
             "windows_s": list(times[name].windows),
             "ratio": times[name].against(times["one device"]),
+            "ratio_to_each_by_itself": times[name].against(times["each by itself"]),
             "peak_bytes": cases[name].peak_bytes,
             "collectives": collectives(cases[name].compiled.as_text()),
         }
@@ -178,15 +194,15 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [
         f"{result['work']} for each device, {result['form']}, {result['devices']} of {result['device']}, jax {result['jax']}",
         "",
-        "| case | ms | against one device | peak memory | collectives |",
-        "|---|---|---|---|---|",
+        "| case | ms | against one device | against each by itself | peak memory | collectives |",
+        "|---|---|---|---|---|---|",
     ]
     for name, row in result["rows"].items():
         peak = f"{row['peak_bytes'] / 2**30:.2f} GiB" if row["peak_bytes"] else ""
         kinds = ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items())
         lines.append(
             f"| {name} | {1e3 * float(np.median(row['windows_s'])):.2f} | "
-            + "{:.3f} ({:.3f} to {:.3f})".format(*row["ratio"])
+            + " | ".join("{:.3f} ({:.3f} to {:.3f})".format(*row[of]) for of in ("ratio", "ratio_to_each_by_itself"))
             + f" | {peak} | {kinds} |"
         )
     return "\n".join(lines)

@@ -170,9 +170,11 @@ def run(
     else:
         layers = [nnx.state(block) for block in blocks]
     written, states, caches = NOTHING, [], []
-    for index, state in enumerate(layers):
+    for index in range(len(layers)):
+        if index + 1 < len(layers):
+            layers[index + 1], x = placement.in_turn(layers[index + 1], x)
         of_layer = tuple(None if each is None else each[index] for each in (cache, scales))
-        before, x, written, layer_cache = step(x, written, (state, *of_layer))
+        before, x, written, layer_cache = step(x, written, (layers[index], *of_layer))
         states.append(before)
         caches.append(layer_cache)
     last = add(x, written)

@@ -9,6 +9,7 @@ from flax import nnx
 from prenorm_jax import placement
 from prenorm_jax.models import blocks, layers
 from prenorm_jax.models.config import GPTConfig
+from prenorm_jax.models.embedding import embed
 from prenorm_jax.models.variants import variant
 
 Array = jax.Array
@@ -68,13 +69,13 @@ class GPT(nnx.Module):
         end = length + (position if isinstance(position, int) else 0)
         if end > config.context:
             raise ValueError(f"tokens: got {end} of them; expected at most the context, {config.context}")
-        table = placement.gathered(self.embed.table[...], placement.TABLE)
-        x = table[placement.examples(tokens)]
-        x = this.write(x) if config.tied else x
         positions = placement.gathered(self.position.table[...], placement.POSITIONS)
-        x = x + jax.lax.dynamic_slice_in_dim(positions, position, length)[None]
-        x = x.astype(config.dtype)
+        positions = jax.lax.dynamic_slice_in_dim(positions, position, length)
 
+        def written(rows: Array, positions: Array) -> Array:
+            return ((this.write(rows) if config.tied else rows) + positions[None]).astype(config.dtype)
+
+        x = embed(self.embed.table[...], positions, tokens, written)
         x, states, cache = blocks.run(
             self.blocks,
             x.reshape(batch * length, -1),
@@ -86,16 +87,17 @@ class GPT(nnx.Module):
             unroll=config.unroll,
         )
         read = x.reshape(batch, length, -1)[:, -1] if only_last else x
-        logits = self._tied_logits(read, table) if config.tied else self.head(self.norm(read))
+        logits = self._tied_logits(read) if config.tied else self.head(self.norm(read))
         # Behind a barrier the product stores its logits in its own dtype; without, XLA has it store them wide.
         logits = jax.lax.optimization_barrier(logits)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)).reshape(batch, -1, logits.shape[-1])
         x = x.reshape(batch, length, -1)
         return logits, {"main_branch": states.reshape(len(states), *x.shape), "last": x, "cache": cache}
 
-    def _tied_logits(self, x: Array, table: Array) -> Array:
+    def _tied_logits(self, x: Array) -> Array:
         n = variant(self.config).norm_in_pre_ln(x, *self.norm.leaves(), eps=self.config.eps)
-        return n @ jax.lax.optimization_barrier(table.astype(n.dtype)).T
+        table = placement.gathered(self.embed.table[...].astype(n.dtype), placement.TABLE)
+        return n @ jax.lax.optimization_barrier(table).T
 
 
 def empty_cache(config: GPTConfig, batch: int) -> Any:

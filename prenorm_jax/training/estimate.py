@@ -85,8 +85,13 @@ def rows(experiment: Experiment) -> list[dict[str, Any]]:
         text=True,
     )
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConfigError(f"config.estimate: {name_of(experiment)} on {count} devices: {last}")
+        # JAX has a line of its own behind the error's.
+        said = (
+            re.findall(r"^[\w.]+(?:Error|Exception).*$", done.stderr, re.MULTILINE)
+            or done.stderr.splitlines()
+            or ["no message"]
+        )
+        raise ConfigError(f"config.estimate: {name_of(experiment)} on {count} devices: {said[-1]}")
     return [json.loads(done.stdout)]
 
 

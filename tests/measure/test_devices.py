@@ -18,7 +18,13 @@ def test_two_devices_against_one(monkeypatch, tmp_path, capsys):
     flags = ["devices", "vit", "tiny/112", "--per-device", "2", "--windows", "2", "--window-seconds", "0.01"]
     assert command.main([*flags, "--json", str(path)]) == 0
     [result] = json.loads(path.read_text())["on_devices"]
-    assert list(result["rows"]) == ["one device", "one device again", "data, default", "fsdp, default"]
+    assert list(result["rows"]) == [
+        "one device",
+        "one device again",
+        "each by itself",
+        "data, default",
+        "fsdp, default",
+    ]
     assert "all-reduce" in result["rows"]["data, default"]["collectives"]
     assert "all-gather" in result["rows"]["fsdp, default"]["collectives"]
     assert not result["rows"]["one device"]["collectives"]
