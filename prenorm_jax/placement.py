@@ -111,15 +111,28 @@ _gathered.defvjp(
 
 
 def in_turn(ahead: Any, x: Array) -> tuple[Any, Array]:
-    """A tree of weights that a later layer reads, and the main branch x, unchanged, once both are there.
+    """A tree of weights that a later layer reads, and the main branch x (N, R), as they are.
 
-    What devices exchange of the weights then begins no earlier than this layer, and what they exchange of their gradients ends before the
-    backward pass leaves it: layer by layer, beside the products of another one, where XLA would gather the exchanges of all layers.
+    Where the weights are split, they are gathered no earlier than x is there; and what devices exchange of their gradients ends before the
+    backward pass goes on from x. So exchanges go layer by layer, beside the products of another layer, where XLA would put those of many
+    layers together, behind the last of them.
     """
     here = sizes()
-    if here.get(DATA, 1) * here.get(FSDP, 1) == 1:
-        return ahead, x
-    return jax.lax.optimization_barrier((ahead, x))
+    return (ahead, x) if here.get(DATA, 1) * here.get(FSDP, 1) == 1 else _in_turn(ahead, x)
+
+
+@jax.custom_vjp
+def _in_turn(ahead: Any, x: Array) -> tuple[Any, Array]:
+    if sizes()[FSDP] > 1:
+        # One number stands for x, which would be copied: it is used on both sides of the barrier.
+        ahead, _ = jax.lax.optimization_barrier((ahead, x[:1, :1]))
+    return ahead, x
+
+
+_in_turn.defvjp(
+    lambda ahead, x: (_in_turn(ahead, x), None),
+    lambda _, gradients: jax.lax.optimization_barrier(gradients),
+)
 
 
 def on_each_device(

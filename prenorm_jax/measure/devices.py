@@ -48,10 +48,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one-piece": _buckets(2**31),
     "buckets": _buckets(2**25),
     "small-buckets": _buckets(2**23),
-    "tiny-buckets": _buckets(2**21),
+    # As XLA does it by itself: gradients are copied into one buffer and summed there.
+    "contiguous": {"xla_disable_hlo_passes": ""},
     # How many multiprocessors an exchange takes from what runs beside it.
     "few-channels": {"xla_gpu_nccl_collective_max_nchannels": 8},
-    "early": {"xla_gpu_experimental_collective_start_as_early_as_possible": True},
     # Products and collectives on streams of their own also where the scheduler is off.
     "memcpy": {"xla_gpu_use_memcpy_local_p2p": True},
     "user-buffers": {"xla_gpu_enable_nccl_user_buffers": True},
@@ -157,7 +157,7 @@ def measure(
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "window_steps": steps,
-        "compiler_options": {name: str(value) for name, value in compiler_options().items()},
+        "compiler_options": {name: str(value) for name, value in compiler_options(this.devices).items()},
         "options": {name: {key: str(value) for key, value in found.items()} for name, found in sets.items()},
         "rows": rows,
     }

@@ -36,11 +36,26 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# Those that pay besides on several devices (docs/scale.md).
+MESH_OPTIONS: dict[str, dict[str, Any]] = {
+    "gpu": {
+        # Gradients are summed where they lie; the pass puts them into one buffer first, a copy there and one back.
+        "xla_disable_hlo_passes": "all-reduce-contiguous",
+        # What is exchanged at once is about a layer of a model of this size: it is over before the next layer's gradients are there.
+        "xla_gpu_all_reduce_combine_threshold_bytes": 2**24,
+        "xla_gpu_all_gather_combine_threshold_bytes": 2**24,
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**24,
+    },
+}
+
+
 @functools.cache
-def compiler_options() -> dict[str, Any]:
-    """The `COMPILER_OPTIONS` of this process's backend, less those that its version of XLA doesn't know."""
-    known = {}
-    for name, value in COMPILER_OPTIONS.get(jax.default_backend(), {}).items():
+def compiler_options(devices: int = 1) -> dict[str, Any]:
+    """The `COMPILER_OPTIONS` of this process's backend, and for several devices `MESH_OPTIONS`, less those that its version of XLA doesn't
+    know."""
+    backend, known = jax.default_backend(), {}
+    wanted = COMPILER_OPTIONS.get(backend, {}) | (MESH_OPTIONS.get(backend, {}) if devices > 1 else {})
+    for name, value in wanted.items():
         try:
             jax.jit(lambda: 0, compiler_options={name: value})()
         except jax.errors.JaxRuntimeError as error:
@@ -157,7 +172,7 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(places, sharding.batch_sharding(mesh)),
         out_shardings=(places, sharding.everywhere(mesh)),
-        compiler_options=compiler_options() | dict(options or {}),
+        compiler_options=compiler_options(mesh.size) | dict(options or {}),
     )
 
 
