@@ -9,6 +9,7 @@ neither. Two tables, taken in one process with interleaved windows (`step_time`)
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
@@ -34,12 +35,13 @@ BASELINE = "pre_ln, native"
 Map = Callable[[Tree], Tree]
 
 
-def measure(config: ViTConfig, batch_size: int, **windows: int) -> dict[str, Any]:
+def measure(config: ViTConfig, batch_size: int, *, threads: int = 4, **windows: int) -> dict[str, Any]:
     """Times steps and maps.
 
     Args:
       config: of the model, in any variant.
       batch_size: images of a step.
+      threads: steps compiled at a time.
       windows: warmup_steps, window_steps and windows of `interleaved`.
     """
     params = drawn(models.abstract(_of(config, "pre_ln")))
@@ -57,11 +59,13 @@ def measure(config: ViTConfig, batch_size: int, **windows: int) -> dict[str, Any
         own = jax.jit(lambda params: models.native(params, form))(params) if coordinates == "native" else params
         return training_case(form, own, task, tx, batch, coordinates=coordinates)
 
-    steps = {BASELINE: step("pre_ln", "native")}
+    wanted = {BASELINE: ("pre_ln", "native")}
     for norm in VARIANTS:
         # Each case owns its state, since a step takes its state's memory.
-        steps |= {f"{norm}, native": step(norm, "native"), f"{norm}, native again": step(norm, "native")}
-        steps[f"{norm}, pre_ln coordinates"] = step(norm, "pre_ln")
+        wanted |= {f"{norm}, native": (norm, "native"), f"{norm}, native again": (norm, "native")}
+        wanted[f"{norm}, pre_ln coordinates"] = (norm, "pre_ln")
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        steps = dict(zip(wanted, pool.map(lambda of: step(*of), wanted.values()), strict=True))
     times = interleaved(steps, **windows)
     maps: dict[str, Case] = {}
     for name, change, tree in foreign_and_own_maps(config):
@@ -206,6 +210,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--warmup-steps", type=int, default=10)
     parser.add_argument("--window-steps", type=int, default=20)
     parser.add_argument("--windows", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=4, help="steps compiled at a time; default %(default)s")
     parser.add_argument("--json", type=pathlib.Path, help="where the result goes")
     given = parser.parse_args(arguments)
     fields: dict[str, Any] = {"depth": given.depth} if given.depth else {}
@@ -214,6 +219,7 @@ def main(arguments: list[str]) -> int:
     result = measure(
         config,
         given.batch,
+        threads=given.threads,
         warmup_steps=given.warmup_steps,
         window_steps=given.window_steps,
         windows=given.windows,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prenorm_jax import placement
+from prenorm_jax.hopper import stack
 from prenorm_jax.models.attention import Attention
 from prenorm_jax.models.config import Transformer
 from prenorm_jax.models.gelu import gelu
@@ -117,8 +118,12 @@ def unstacked(tree: Any) -> list[Any]:
 
 
 unstacked.defvjp(
-    lambda tree: (unstacked(tree), None), lambda _, layers: (jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers),)
+    lambda tree: (unstacked(tree), None), lambda _, layers: (jax.tree.map(lambda *leaves: _stacked(leaves), *layers),)
 )
+
+
+def _stacked(leaves: tuple[Array, ...]) -> Array:
+    return stack.stack(leaves) if stack.served(leaves) else jnp.stack(leaves)
 
 
 def run(

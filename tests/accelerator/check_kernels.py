@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from prenorm_jax import norms
-from prenorm_jax.hopper import cross_entropy, norm_gradient
+from prenorm_jax.hopper import cross_entropy, norm_gradient, stack
 
 WIDTHS = (192, 384, 768, 1024, 1280)
 KINDS = {
@@ -91,7 +91,17 @@ def check_cross_entropy():
         assert missed(sums(logits, classes - 1), wanted) > 1e-7
 
 
+def check_stack():
+    for count, shape in ((12, (768, 3072)), (24, (1024, 1024)), (12, (192, 768))):
+        arrays = list(jax.random.normal(jax.random.key(0), (count, *shape), jnp.bfloat16))
+        assert stack.served(arrays)
+        assert (stack.stack(arrays) == jnp.stack(arrays)).all()
+        times = [microseconds(jax.jit(form), arrays) for form in (stack.stack, jnp.stack)]
+        print(f"stack of {count} {shape}: kernel {times[0]:.0f} us, XLA {times[1]:.0f} us")
+
+
 if __name__ == "__main__":
     check_norms()
     check_cross_entropy()
+    check_stack()
     print("kernels hold")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prenorm_jax import norms
-from prenorm_jax.hopper import cross_entropy, norm_gradient
+from prenorm_jax.hopper import cross_entropy, norm_gradient, stack
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11")
 
@@ -72,6 +72,21 @@ def test_the_cross_entropy_s_passes_are_those_of_a_softmax(columns, classes, int
     # The check can fail: with the next target it does.
     other = cross_entropy.gradient(logits, wanted, targets + 1, dloss, classes=classes, interpret=interpreter)
     assert np.abs(other.astype(jnp.float32) - slope).max() > 0.1
+
+
+@pytest.mark.parametrize("shape", [(3, 1024), (2, 8192)])
+def test_arrays_are_put_together(shape, interpreter):
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for _ in range(3)]
+    found = stack.stack(arrays, interpret=interpreter)
+    np.testing.assert_array_equal(found, jnp.stack(arrays))
+    assert (found[0] != found[1]).any()
+
+
+def test_putting_together_lowers_for_a_gpu():
+    arrays = [jax.ShapeDtypeStruct((768, 3072), jnp.bfloat16)] * 12
+    lowered = jax.jit(lambda *arrays: stack.stack(arrays)).trace(*arrays).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
 
 
 @pytest.mark.parametrize("width", [192, 768, 1280])
