@@ -134,6 +134,7 @@ def serve(
 
 def ours(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Steps]]:
     """The training step of train.py, a row a form."""
+    import concurrent.futures
     import dataclasses
 
     import jax
@@ -147,7 +148,9 @@ def ours(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Steps]]:
         vit = isinstance(work.model, models.ViTConfig)
         small = {**TINY, "image_size": 32} if vit else {**TINY, "context": 16, "vocab_size": 256}
         work = dataclasses.replace(work, name="tiny", model=dataclasses.replace(work.model, **small), batch=2)
-    cases = {name: work.case(step_time.TIMED[name]) for name in given.forms.split(",")}
+    forms = given.forms.split(",")
+    with concurrent.futures.ThreadPoolExecutor(len(forms)) as pool:
+        cases = dict(zip(forms, pool.map(lambda name: work.case(step_time.TIMED[name]), forms), strict=True))
     hello = {
         "work": work.key,
         "device": jax.devices()[0].device_kind,
