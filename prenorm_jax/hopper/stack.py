@@ -1,6 +1,6 @@
 """Arrays of one shape put together in one, as `jnp.stack` does, at the speed of a copy.
 
-XLA's kernel for a concatenation moves one number at a time: the gradients of a model's stacked layers take it four times as long as their bytes.
+XLA's kernel for a concatenation moves one number at a time, and takes two to four times what the bytes of a model's stacked layers need.
 """
 
 import functools

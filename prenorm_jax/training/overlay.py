@@ -58,9 +58,10 @@ def read(workdirs: Sequence[pathlib.Path]) -> dict[str, Any]:
 
 
 def compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Adds to each run what it is held against, its distance from that, and the verdict, and to all the spread.
+    """Adds to each run its distances from the Pre-LN run of its seed, and whether they are within those of the Pre-LN runs from each other.
 
-    Distances are of the last held-out losses ("difference") and, in the mean over the evaluations, of the curves ("curve_difference").
+    Distances are of the last held-out losses ("difference", "within") and, in the mean over the evaluations, of the curves
+    ("curve_difference", "curve_within"): where runs part as roundings do, the last loss is one draw, and the curve is many.
 
     >>> run = {"coordinates": "pre_ln", "basis": None, "train": []}
     >>> losses = {("pre_ln", 0): 1.00, ("pre_ln", 1): 1.02, ("pre_rmsnorm", 0): 1.01}
@@ -78,12 +79,16 @@ def compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
         against = next((other for other in pre_ln if other["seed"] == run["seed"]), None)
         held = against is not None and run["norm"] != "pre_ln"
         difference = _difference(run, against) if held and against else None
+        curve_difference = _curve_difference(run, against) if held and against else None
         found.append(
             {
                 **run,
                 "difference": difference,
-                "curve_difference": _curve_difference(run, against) if held and against else None,
+                "curve_difference": curve_difference,
                 "within": None if difference is None or spread is None else abs(difference) <= spread,
+                "curve_within": None
+                if curve_difference is None or curve_spread is None
+                else curve_difference <= curve_spread,
             }
         )
     return {"spread": spread, "curve_spread": curve_spread, "runs": found}
@@ -96,17 +101,16 @@ def table(result: dict[str, Any]) -> str:
         "run",
         *[f"held-out {name}" for name in names],
         "loss less Pre-LN's of its seed",
+        "within the seeds' spread",
         "curves apart",
         "within the seeds' spread",
     ]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for run in result["runs"]:
-        verdict = {None: "", True: "yes", False: "no"}[run["within"]]
         values = [label(run), *[f"{run['last'][name]:.4f}" for name in names]]
-        distances = ["" if value is None else f"{value:{form}}" for value, form in _distances(run)]
-        lines.append(f"| {' | '.join([*values, *distances, verdict])} |")
+        lines.append(f"| {' | '.join([*values, *_distances(run)])} |")
     spread = (
-        f"Two Pre-LN seeds end {result['spread']:.4f} apart, their curves {result['curve_spread']:.4f} in the mean over evaluations."
+        f"Pre-LN seeds end up to {result['spread']:.4f} apart, their curves {result['curve_spread']:.4f} in the mean over evaluations."
         if result["spread"] is not None
         else "Without two Pre-LN runs of different seeds there is no spread, and no verdict."
     )
@@ -189,12 +193,20 @@ def _curve_difference(run: dict[str, Any], other: dict[str, Any]) -> float:
     return float(np.mean([abs(loss - there[step]) for step, loss in run["eval"] if step in there]))
 
 
-def _distances(run: dict[str, Any]) -> list[tuple[float | None, str]]:
-    return [(run["difference"], "+.4f"), (run["curve_difference"], ".4f")]
+def _distances(run: dict[str, Any]) -> list[str]:
+    """A table's cells: how far the ends are apart, whether that is within the spread, and the same of the curves."""
+    verdict = {None: "", True: "yes", False: "no"}
+    ends, curves = run["difference"], run["curve_difference"]
+    return [
+        "" if ends is None else f"{ends:+.4f}",
+        verdict[run["within"]],
+        "" if curves is None else f"{curves:.4f}",
+        verdict[run["curve_within"]],
+    ]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0; 1 where a variant is outside the spread, 2 for what can't be."""
+    """Exit status: 0; 1 where a variant ends outside the spread, 2 for what can't be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path, metavar="WORKDIR")
     parser.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE", help="without an ending")

@@ -230,6 +230,7 @@ def test_runs_are_overlaid_and_judged_by_two_seeds(runs, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"curves.json", "curves.md", "curves.png"}
     found = json.loads((tmp_path / "curves.json").read_text())
     assert [run["within"] for run in found["runs"]] == [None, None, True]
+    assert [run["curve_within"] for run in found["runs"]] == [None, None, True]
     assert abs(found["runs"][2]["difference"]) < 1e-4 < found["spread"]
     text = (tmp_path / "curves.md").read_text()
     assert text == capsys.readouterr().out[:-1]
@@ -240,7 +241,10 @@ def test_a_variant_that_learns_something_else_is_outside(runs, tmp_path):
     """The control: the same with the variant's last loss a spread and a bit away."""
     found = overlay.read([runs.root / name for name in ("pre_ln", "other", "rms")])
     found["runs"][2]["last"]["loss"] += 1.1 * found["spread"]
-    assert [run["within"] for run in overlay.compared(found["runs"])["runs"]] == [None, None, False]
+    last = overlay.compared(found["runs"])["runs"][2]
+    assert (last["within"], last["curve_within"]) == (False, True)
+    found["runs"][2]["eval"] = [[step, loss + 1.1 * found["curve_spread"]] for step, loss in found["runs"][2]["eval"]]
+    assert overlay.compared(found["runs"])["runs"][2]["curve_within"] is False
     assert "| no |" in overlay.table({**found, **overlay.compared(found["runs"])})
     alone = overlay.compared([found["runs"][0], found["runs"][2]])
     assert (alone["spread"], alone["runs"][1]["within"]) == (None, None)
