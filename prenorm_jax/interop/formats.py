@@ -99,6 +99,9 @@ IN_FOLDER = {  # in the order in which the reference library looks for them
 }
 
 
+ADAPTERS = "adapter_config.json"
+
+
 def _kind_of_file(path: pathlib.Path) -> str:
     if path.suffix not in SUFFIXES:
         raise FormatError(f"{path}: not a checkpoint that is known; expected {', '.join(SUFFIXES)}, or a folder")
@@ -106,6 +109,11 @@ def _kind_of_file(path: pathlib.Path) -> str:
 
 
 def _in_folder(folder: pathlib.Path) -> tuple[str, pathlib.Path]:
+    if (folder / ADAPTERS).exists():
+        raise FormatError(
+            f"{folder / ADAPTERS}: adapters, which the library adds to the tensors beside them when it loads the folder; merge them first "
+            "(peft: merge_and_unload, then save_pretrained), or take the model without them from a folder of its own"
+        )
     for name, kind in IN_FOLDER.items():
         if (folder / name).exists():
             whole = kind in ("prenorm_jax", "orbax")

@@ -17,6 +17,8 @@ from prenorm_jax.training.experiment import Data
 
 # What Pillow raises for files that it can't read.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# Of a picture once it is resized: Pillow's own bound for one that is read.
+MOST_PIXELS = 89_478_485
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,13 @@ class Preprocessing:
             assert self.size is not None
             return self.size[1], self.size[0]
         shorter = min(image.size)
-        return tuple(self.size if edge == shorter else int(self.size * edge / shorter) for edge in image.size)  # type: ignore[return-value]
+        width, height = (self.size if edge == shorter else int(self.size * edge / shorter) for edge in image.size)
+        if width * height > MOST_PIXELS:
+            raise ValueError(
+                f"{image.width} x {image.height} pixels, which with the shorter edge resized to {self.size} are {width} x {height}; "
+                f"at most {MOST_PIXELS:,} in all"
+            )
+        return width, height
 
 
 class Source(Protocol):

@@ -260,3 +260,12 @@ def test_a_writer_holds_its_word(tmp_path):
         file.write("a", np.ones(3, np.float32))
     with pytest.raises(FileExistsError):
         Writer(tmp_path / "x", {})
+
+
+def test_adapters_are_not_left_behind(tmp_path):
+    """Loaded by the library, such a folder is another function than its tensors alone."""
+    save_file({"weight": np.ones((2, 2), np.float32)}, tmp_path / "model.safetensors")
+    assert open_checkpoint(tmp_path).format == "safetensors"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FormatError, match=r"adapter_config.json: adapters, .* merge them first"):
+        open_checkpoint(tmp_path)

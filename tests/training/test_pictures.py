@@ -191,6 +191,14 @@ def test_hidden_files_and_folders_are_no_pictures_and_no_classes(tmp_path):
     assert (len(splits.train), len(splits.held_out)) == (12, 6)
 
 
+def test_a_picture_as_long_as_a_street_is_named(tmp_path):
+    """Its shorter edge as long as a model wants it, it would take gigabytes."""
+    preprocessing = Preprocessing(size=256, crop=(224, 224))
+    with pytest.raises(ValueError, match=r"^3 x 30000 pixels, which .* resized to 256 are 256 x 2560000; at most"):
+        preprocessing(Image.new("RGB", (3, 30000)))
+    assert preprocessing(Image.new("RGB", (3, 300))).shape == (224, 224, 3)
+
+
 def test_sixteen_bits_a_pixel_are_as_bright_as_eight(tmp_path):
     root = disk.write_tree(tmp_path)
     grey = disk.picture(3).convert("L")
