@@ -2,8 +2,9 @@
 
 A mesh has three axes. "data" and "fsdp" split the batch; "fsdp" and "tensor" split the weights; "tensor" splits heads, the columns of an
 MLP, and the vocabulary. Weights are stored split along both and gathered along "fsdp" where they are used, in the dtype that they are
-used in; their gradients go back split. What is never split is the main branch's axis: so the maps between charts, which sum along it,
-stay on one device, and its width may be odd. (The table is mapped nowhere where it is tied, and has an even width there.)
+used in; their gradients go back split. (Of a token table rows may travel instead: `models.embedding`.) What is never split is the main
+branch's axis: so the maps between charts, which sum along it, stay on one device, and its width may be odd. (The table is mapped nowhere
+where it is tied, and has an even width there.)
 
     reader kernel (R, F)   COLUMNS   split along F        F: heads, MLP columns, vocabulary
     writer kernel (F, R)   ROWS      split along F
@@ -45,7 +46,7 @@ PATCHES: Place = (PartitionSpec(FSDP, None, None, None),)
 
 @contextlib.contextmanager
 def within(mesh: jax.sharding.Mesh | None) -> Iterator[None]:
-    """Puts `mesh`, whose axes are `AXES`, in force; None changes nothing."""
+    """Puts `mesh`, whose axes are `AXES`, in force; None changes nothing. What is computed with then has to lie on the mesh."""
     with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         yield
 

@@ -87,3 +87,23 @@ def test_the_cross_entropy_by_its_kernels(mesh, monkeypatch):
     monkeypatch.setattr(loss.hopper, "gradient", gradient)
     for found, wanted in zip(split(both, mesh)(logits, targets, dloss), expected, strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_exchanges_go_in_turn(mesh):
+    """Behind a barrier with the weights' gradients goes that of the main branch; a split weight's gathering waits for it. Alone, nothing is
+    in the way."""
+
+    def loss(weight, x):
+        ahead, x = placement.in_turn({"kernel": weight}, x)
+        return ((x @ ahead["kernel"]) ** 2).sum()
+
+    def on_mesh(weight, x):
+        with placement.within(mesh):
+            return jax.value_and_grad(loss, (0, 1))(weight, x)
+
+    weight, x = drawn((WIDTH, WIDTH), (ROWS, WIDTH))
+    barriers = str(jax.make_jaxpr(on_mesh)(weight, x)).count("optimization_barrier")
+    assert barriers == (2 if mesh.shape["fsdp"] > 1 else 1)
+    assert "optimization_barrier" not in str(jax.make_jaxpr(jax.grad(loss))(weight, x))
+    found, expected = split(lambda x: on_mesh(weight, x), mesh)(x), jax.value_and_grad(loss, (0, 1))(weight, x)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-12), found, expected)

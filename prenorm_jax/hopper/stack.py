@@ -21,17 +21,45 @@ ENTRIES = 2**20  # of all arrays; fewer are not worth a kernel of their own
 
 
 def served(arrays: Sequence[Array]) -> bool:
-    """Whether the kernel can put these together: on one device, whole."""
+    """Whether the kernel can put these together: in half precision, on one device, of whole pieces, and enough to be worth it."""
     first = arrays[0]
     half = first.dtype in (jnp.bfloat16, jnp.float16)
     alone = all(size == 1 for size in placement.sizes().values())
     return half and alone and len(arrays) * first.size >= ENTRIES and first.size % PIECE == 0 and hopper.available()
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def stack(arrays: Sequence[Array], interpret: Any = False) -> Array:
+    """(count, *shape) of `count` arrays of one shape and half precision, whose size is a multiple of PIECE.
+
+    Args:
+      interpret: False, or the parameters of Pallas's interpreter, which runs without a GPU.
+
+    Raises: ValueError for other arrays.
+    """
+    first = arrays[0]
+    if first.size % PIECE or any((each.shape, each.dtype) != (first.shape, first.dtype) for each in arrays):
+        raise ValueError(
+            f"hopper stack: got {', '.join(f'{each.dtype}{list(each.shape)}' for each in arrays)}; expected one shape and dtype, of a "
+            f"multiple of {PIECE} numbers; jnp.stack takes all"
+        )
+    return _stack(arrays, interpret)
+
+
+def _forward(arrays: Sequence[Array], interpret: Any) -> tuple[Array, None]:
+    return stack(arrays, interpret), None
+
+
+def _backward(interpret: Any, residuals: None, gradient: Array) -> tuple[list[Array]]:
+    return (list(gradient),)
+
+
+stack.defvjp(_forward, _backward)
+
+
 # Under jit, so that kinds of weights of one shape lower the kernel once.
 @functools.partial(jax.jit, static_argnames=("interpret",))
-def stack(arrays: Sequence[Array], interpret: Any = False) -> Array:
-    """(count, *shape) of `count` arrays of one shape and half precision, whose size is a multiple of PIECE."""
+def _stack(arrays: Sequence[Array], interpret: Any) -> Array:
     pallas, gpu = hopper.pallas()
     shape, dtype, size = arrays[0].shape, arrays[0].dtype, arrays[0].size
     together = next(count for count in TOGETHER if size % (count * PIECE) == 0)

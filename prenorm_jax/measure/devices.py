@@ -31,6 +31,7 @@ from prenorm_jax.training.experiment import Mesh
 from prenorm_jax.training.step import compiler_options, init_state, make_train_step
 
 BAR = 1.04
+TOGETHER = "each by itself"  # a control
 MESHES = ("data", "fsdp", "tensor")
 
 
@@ -119,7 +120,7 @@ def measure(
     wanted: dict[str, Callable[[], step_time.Case]] = {
         "one device": one,
         "one device again": one,
-        "each by itself": functools.partial(each_by_itself, this.work, this.form, this.devices),
+        TOGETHER: functools.partial(each_by_itself, this.work, this.form, this.devices),
     }
     for name, options in sets.items():
         for axis in this.meshes:
@@ -144,7 +145,7 @@ def measure(
         name: {
             "windows_s": list(times[name].windows),
             "ratio": times[name].against(times["one device"]),
-            "ratio_to_each_by_itself": times[name].against(times["each by itself"]),
+            "ratio_to_each_by_itself": times[name].against(times[TOGETHER]) if TOGETHER in times else None,
             "peak_bytes": cases[name].peak_bytes,
             "collectives": collectives(cases[name].compiled.as_text()),
         }
@@ -202,7 +203,10 @@ def table(result: Mapping[str, Any]) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items())
         lines.append(
             f"| {name} | {1e3 * float(np.median(row['windows_s'])):.2f} | "
-            + " | ".join("{:.3f} ({:.3f} to {:.3f})".format(*row[of]) for of in ("ratio", "ratio_to_each_by_itself"))
+            + " | ".join(
+                "{:.3f} ({:.3f} to {:.3f})".format(*row[of]) if row[of] else ""
+                for of in ("ratio", "ratio_to_each_by_itself")
+            )
             + f" | {peak} | {kinds} |"
         )
     return "\n".join(lines)

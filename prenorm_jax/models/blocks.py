@@ -123,7 +123,7 @@ unstacked.defvjp(
 
 
 def _stacked(leaves: tuple[Array, ...]) -> Array:
-    return stack.stack(leaves) if stack.served(leaves) else jnp.stack(leaves)
+    return stack.stack(list(leaves)) if stack.served(leaves) else jnp.stack(leaves)
 
 
 def run(

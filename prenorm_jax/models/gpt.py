@@ -72,10 +72,10 @@ class GPT(nnx.Module):
         positions = placement.gathered(self.position.table[...], placement.POSITIONS)
         positions = jax.lax.dynamic_slice_in_dim(positions, position, length)
 
-        def written(rows: Array, positions: Array) -> Array:
+        def to_main_branch(rows: Array, positions: Array) -> Array:
             return ((this.write(rows) if config.tied else rows) + positions[None]).astype(config.dtype)
 
-        x = embed(self.embed.table[...], positions, tokens, written)
+        x = embed(self.embed.table[...], positions, tokens, to_main_branch)
         x, states, cache = blocks.run(
             self.blocks,
             x.reshape(batch * length, -1),

@@ -85,13 +85,12 @@ def rows(experiment: Experiment) -> list[dict[str, Any]]:
         text=True,
     )
     if done.returncode:
-        # JAX has a line of its own behind the error's.
-        said = (
-            re.findall(r"^[\w.]+(?:Error|Exception).*$", done.stderr, re.MULTILINE)
-            or done.stderr.splitlines()
-            or ["no message"]
+        # JAX has lines of its own behind the error's.
+        lines = (line.strip() for line in done.stderr.splitlines())
+        said = [line for line in lines if line and not line.startswith(("-----", "For simplicity, JAX"))]
+        raise ConfigError(
+            f"config.estimate: {name_of(experiment)} on {count} devices: {said[-1] if said else 'no message'}"
         )
-        raise ConfigError(f"config.estimate: {name_of(experiment)} on {count} devices: {said[-1]}")
     return [json.loads(done.stdout)]
 
 

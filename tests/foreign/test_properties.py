@@ -19,6 +19,8 @@ import prenorm_jax as pn
 from prenorm_jax import MainBranch, Norm, Reader, Writer, bases
 from prenorm_jax.paths import leaves
 
+pytestmark = pytest.mark.slow
+
 EXACT = 1e-10
 EPS = 3e-2
 LAYERS = 2

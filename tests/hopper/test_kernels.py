@@ -81,6 +81,11 @@ def test_arrays_are_put_together(shape, interpreter):
     found = stack.stack(arrays, interpret=interpreter)
     np.testing.assert_array_equal(found, jnp.stack(arrays))
     assert (found[0] != found[1]).any()
+    weights = jnp.asarray(rng.normal(size=found.shape), jnp.bfloat16)
+    gradients = jax.grad(lambda arrays: (stack.stack(arrays, interpreter) * weights).astype(jnp.float32).sum())(arrays)
+    np.testing.assert_array_equal(jnp.stack(gradients), weights)
+    with pytest.raises(ValueError, match=r"hopper stack: got bfloat16\[3\]; expected one shape and dtype"):
+        stack.stack([arrays[0].reshape(-1)[:3]])
 
 
 def test_putting_together_lowers_for_a_gpu():

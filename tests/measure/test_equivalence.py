@@ -41,7 +41,7 @@ def square_loss(logits):
     return (jax.nn.log_softmax(logits) ** 2).mean()
 
 
-@pytest.mark.parametrize("kind", ["vit", "gpt", "gpt-tied"])
+@pytest.mark.parametrize("kind", ["vit", "gpt", pytest.param("gpt-tied", marks=pytest.mark.slow)])
 def test_float64_logits_and_gradients_are_the_oracles(kind):
     config = config_of(kind, depth=3, width=16)
     params, inputs = perturbed(models.init(config, 0), 1), inputs_of(config, 2, batch=4)

@@ -9,6 +9,8 @@ from prenorm_jax.measure import __main__ as command
 from prenorm_jax.measure import tracking, works
 from prenorm_jax.models.config import ConfigError
 
+pytestmark = pytest.mark.slow
+
 GPT = models.GPTConfig(
     width=32, depth=2, heads=2, mlp_width=64, context=16, vocab_size=50, dtype="bfloat16", scan_layers=True, unroll=True
 )

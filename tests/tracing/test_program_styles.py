@@ -4,10 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 from test_plain import normal
 from test_text_and_speech import B, D, V, layer_norm, ln, mha, mha_params, mlp, mlp_params, tokens
 
 from prenorm_jax.tracing import convert
+
+pytestmark = pytest.mark.slow
 
 
 def block(p, x):

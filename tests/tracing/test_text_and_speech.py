@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from test_plain import normal
 
+pytestmark = pytest.mark.slow
+
 D, F, V, H, B, L = 8, 12, 11, 2, 2, 4
 
 

@@ -26,6 +26,8 @@ from test_text_and_speech import (
     tokens,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def image(n=4, channels=3):
     return jnp.asarray(np.random.default_rng(1).standard_normal((B, n, n, channels)))

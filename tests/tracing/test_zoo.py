@@ -2,7 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from test_plain import B, D, L, V, affine, attention, block, block_params, normal, rsqrt_norm, tokens
+
+pytestmark = pytest.mark.slow
 
 
 def plain_norm(x):

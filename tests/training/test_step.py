@@ -10,6 +10,7 @@ import pytest
 
 from prenorm_jax import models
 from prenorm_jax.models.config import GPTConfig, ViTConfig
+from prenorm_jax.training import step as of_step
 from prenorm_jax.training.experiment import Optimizer
 from prenorm_jax.training.optimizer import make_optimizer
 from prenorm_jax.training.pictures import Pixels
@@ -218,3 +219,16 @@ def test_a_step_takes_pictures_as_bytes_and_mixes_them():
     present[np.arange(8), batch["targets"]] = present[np.arange(8), batch["targets"][partner]] = 1
     expected = optax.sigmoid_binary_cross_entropy(logits, present).mean()
     assert float(whole["loss"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_options_of_the_compiler(monkeypatch):
+    """Those of a backend, on several devices more of them; what XLA_FLAGS sets is the user's."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_dot_merger_threshold_mb=32 --xla_force_host_platform_device_count=8")
+    of_step.compiler_options.cache_clear()
+    try:
+        alone, several = of_step.compiler_options(), of_step.compiler_options(2)
+    finally:
+        of_step.compiler_options.cache_clear()
+    assert alone == {"xla_gpu_enable_triton_gemm": False}
+    assert several == alone | of_step.MESH_OPTIONS["gpu"]
