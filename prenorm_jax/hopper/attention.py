@@ -138,6 +138,7 @@ def _backward(
     batch, rows, heads, width = q.shape
     scale = math.log2(math.e) / math.sqrt(width)
     pallas, gpu = hopper.pallas()
+    delta = jnp.einsum("blhk,blhk->bhl", out.astype(jnp.float32), dout.astype(jnp.float32))
     # V comes last: no product sums over its rows.
     k_at, q_at, dout_at, v_at, gradient_at = (rows * table for table in range(5))
     chunks = list(_chunks(rows, 32))
@@ -147,9 +148,9 @@ def _backward(
         q_ref,
         k_ref,
         v_ref,
-        out_ref,
         dout_ref,
         log_sums_ref,
+        delta_ref,
         dq_ref,
         dk_ref,
         dv_ref,
@@ -161,16 +162,9 @@ def _backward(
         example, head = lax.axis_index("batch"), lax.axis_index("heads")
         for ref, at in ((k_ref, k_at), (q_ref, q_at), (v_ref, v_at), (dout_ref, dout_at)):
             gpu.copy_gmem_to_smem(ref.at[example, :, head], smem.at[pallas.ds(at, rows)], loaded)
-        gpu.copy_gmem_to_smem(log_sums_ref.at[example, head], log_sums_smem.at[pallas.ds(0, rows)], loaded)
-        # O is needed once, for delta: it goes from memory into registers, while the tables are on their way.
-        outs = [
-            gpu.load(out_ref.at[example, pallas.ds(start, BLOCK), head], layout=gpu.Layout.WGMMA, optimized=False)
-            for start in _blocks(rows)
-        ]
+        for ref, vector in ((log_sums_ref, log_sums_smem), (delta_ref, delta_smem)):
+            gpu.copy_gmem_to_smem(ref.at[example, head], vector.at[pallas.ds(0, rows)], loaded)
         gpu.barrier_wait(loaded)
-        for start, out in zip(_blocks(rows), outs, strict=True):
-            dout = gpu.load(smem.at[pallas.ds(dout_at + start, BLOCK)], layout=gpu.Layout.WGMMA)
-            delta_smem[pallas.ds(start, BLOCK)] = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=1)
         outgoing = smem.at[pallas.ds(gradient_at, BLOCK)]
 
         def store(value, ref, start):  # type: ignore[no-untyped-def]
@@ -231,10 +225,10 @@ def _backward(
             _tables(4 * rows + BLOCK, width, q.dtype, swizzle=64),
             gpu.SMEM((padded,), jnp.float32),
             gpu.SMEM((padded,), jnp.float32),
-            gpu.Barrier(num_arrivals=5),
+            gpu.Barrier(num_arrivals=6),
         ],
         **_launch(batch, heads, interpret),
-    )(q, k, v, out, dout, log_sums)
+    )(q, k, v, dout, log_sums, delta)
 
 
 def _launch(batch: int, heads: int, interpret: Any) -> dict[str, Any]:
