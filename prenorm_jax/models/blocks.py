@@ -176,8 +176,11 @@ def run(
         layers = [nnx.state(block) for block in blocks]
     written, states, caches = NOTHING, [], []
     for index in range(len(layers)):
-        if index + 1 < len(layers):
+        # Only cuts of a stack: what is a leaf of its own would be copied, and held until the backward pass.
+        if isinstance(blocks, Block) and index + 1 < len(layers):
             layers[index + 1], x = placement.in_turn(layers[index + 1], x)
+        if remat:  # one array is held for a block, not two
+            x, written = add(x, written), NOTHING
         of_layer = tuple(None if each is None else each[index] for each in (cache, scales))
         before, x, written, layer_cache = step(x, written, (layers[index], *of_layer))
         states.append(before)

@@ -74,3 +74,13 @@ def test_the_guides_figures_are_those_measured():
     ]
     assert len(ratios) == 2
     assert all(0.9 < ratio < 1.1 for ratio in ratios)
+
+
+@pytest.mark.parametrize("mesh", [Mesh(data=8), Mesh(data=1, fsdp=8)], ids=["data", "fsdp"])
+def test_a_recomputed_layer_keeps_one_main_branch(mesh):
+    """Not what was written to it apart, and no copy of its weights."""
+    model = dataclasses.replace(DEEP, norm="pre_rmsnorm", remat=True, remat_saves="nothing")
+    this = dataclasses.replace(experiment(mesh=mesh), model=model)
+    two, four = (estimate._at_depth(this, depth)["kept"] for depth in (2, 4))
+    tokens = this.train.batch_size // 8 * model.context
+    assert four - two == 2 * tokens * model.width * 4
