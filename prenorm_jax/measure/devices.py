@@ -31,7 +31,7 @@ from prenorm_jax.training.experiment import Mesh
 from prenorm_jax.training.step import compiler_options, init_state, make_train_step
 
 BAR = 1.04
-TOGETHER = "each by itself"  # a control
+BY_ITSELF = "each by itself"  # a control
 MESHES = ("data", "fsdp", "tensor")
 
 
@@ -49,10 +49,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one-piece": _buckets(2**31),
     "buckets": _buckets(2**25),
     "small-buckets": _buckets(2**23),
+    "tiny-buckets": _buckets(2**21),
+    # The default on several devices (step.MESH_OPTIONS), in two parts.
+    "in-place": {"xla_disable_hlo_passes": "all-reduce-contiguous"},
+    "layer-buckets": _buckets(2**24),
     # As XLA does it by itself: gradients are copied into one buffer and summed there.
     "contiguous": {"xla_disable_hlo_passes": ""},
     # How many multiprocessors an exchange takes from what runs beside it.
     "few-channels": {"xla_gpu_nccl_collective_max_nchannels": 8},
+    "early": {"xla_gpu_experimental_collective_start_as_early_as_possible": True},
     # Products and collectives on streams of their own also where the scheduler is off.
     "memcpy": {"xla_gpu_use_memcpy_local_p2p": True},
     "user-buffers": {"xla_gpu_enable_nccl_user_buffers": True},
@@ -120,7 +125,7 @@ def measure(
     wanted: dict[str, Callable[[], step_time.Case]] = {
         "one device": one,
         "one device again": one,
-        TOGETHER: functools.partial(each_by_itself, this.work, this.form, this.devices),
+        BY_ITSELF: functools.partial(each_by_itself, this.work, this.form, this.devices),
     }
     for name, options in sets.items():
         for axis in this.meshes:
@@ -145,7 +150,7 @@ def measure(
         name: {
             "windows_s": list(times[name].windows),
             "ratio": times[name].against(times["one device"]),
-            "ratio_to_each_by_itself": times[name].against(times[TOGETHER]) if TOGETHER in times else None,
+            "ratio_to_each_by_itself": times[name].against(times[BY_ITSELF]) if BY_ITSELF in times else None,
             "peak_bytes": cases[name].peak_bytes,
             "collectives": collectives(cases[name].compiled.as_text()),
         }

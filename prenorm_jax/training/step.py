@@ -56,8 +56,9 @@ def compiler_options(devices: int = 1) -> dict[str, Any]:
     that its version of XLA doesn't know."""
     backend, known = jax.default_backend(), {}
     wanted = COMPILER_OPTIONS.get(backend, {}) | (MESH_OPTIONS.get(backend, {}) if devices > 1 else {})
+    given = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
     for name, value in wanted.items():
-        if f"--{name}=" in os.environ.get("XLA_FLAGS", ""):
+        if name in given:
             continue
         try:
             jax.jit(lambda: 0, compiler_options={name: value})()

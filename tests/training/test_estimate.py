@@ -83,5 +83,5 @@ def test_a_recomputed_layer_keeps_one_main_branch(mesh):
     this = dataclasses.replace(experiment(mesh=mesh), model=model)
     two, four = (estimate._at_depth(this, depth)["kept"] for depth in (2, 4))
     tokens = this.train.batch_size // 8 * model.context
-    # (Beside it a few bytes, whatever shape constants take in a process that traced other things before.)
-    assert four - two == pytest.approx(2 * tokens * model.width * 4, rel=0.02)
+    # Exact in a process of its own; in the whole suite 8 bytes a layer more were seen, a scalar. An array would be thousands.
+    assert 0 <= four - two - 2 * tokens * model.width * 4 <= 2 * 8
