@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
@@ -42,6 +43,7 @@ HEADS = PartitionSpec(BATCH, None, TENSOR, None)
 EXAMPLES, WHOLE = PartitionSpec(BATCH), PartitionSpec()
 POSITIONS: Place = (PartitionSpec(FSDP, None),)
 PATCHES: Place = (PartitionSpec(FSDP, None, None, None),)
+UNSPLIT: Place = (WHOLE,)
 
 
 @contextlib.contextmanager
@@ -111,28 +113,44 @@ _gathered.defvjp(
 )
 
 
-def in_turn(ahead: Any, x: Array) -> tuple[Any, Array]:
-    """A tree of weights that a later layer reads, and the main branch x (N, R), as they are.
+def in_turn(ahead: Any, branch: Any) -> tuple[Any, Any]:
+    """A tree of weights that a later layer reads, and the main branch (with what is being written to it), as they are.
 
-    Where the weights are split, they are gathered no earlier than x is there; and what devices exchange of their gradients ends before the
-    backward pass goes on from x. So exchanges go layer by layer, beside the products of another layer, where XLA would put those of many
-    layers together, behind the last of them.
+    Where weights are split along "fsdp", they are gathered no earlier than the main branch is there; and the exchange of their gradients
+    ends before the backward pass goes on from it. So a device holds few gathered layers, and exchanges go beside the products of another
+    layer, where XLA would put those of many layers together.
     """
-    here = sizes()
-    return (ahead, x) if here.get(DATA, 1) * here.get(FSDP, 1) == 1 else _in_turn(ahead, x)
+    return (ahead, branch) if sizes().get(FSDP, 1) == 1 else _in_turn(ahead, branch)
 
 
 @jax.custom_vjp
-def _in_turn(ahead: Any, x: Array) -> tuple[Any, Array]:
-    if sizes()[FSDP] > 1:
-        # One number stands for x, which would be copied: it is used on both sides of the barrier.
-        ahead, _ = jax.lax.optimization_barrier((ahead, x[:1, :1]))
-    return ahead, x
+def _in_turn(ahead: Any, branch: Any) -> tuple[Any, Any]:
+    return _behind(ahead, branch), branch
+
+
+def _behind(ahead: Any, branch: Any) -> Any:
+    # One number of a device's own rows stands for the main branch, which would be copied: it is used on both sides of the barrier.
+    number = on_each_device(lambda x: x[0, 0], (jax.tree.leaves(branch)[0],), (EXAMPLES,), WHOLE)
+    ahead, number = _at_once(ahead, number)
+    # What comes out of a barrier and isn't used is taken out of it: a small leaf takes the number's NaN, if it is one.
+    leaves, structure = jax.tree.flatten(ahead)
+    least = min(range(len(leaves)), key=lambda i: leaves[i].size)
+    leaves[least] = jnp.where(jnp.isnan(number), jnp.nan, leaves[least])
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _at_once(weights: Any, branch: Any) -> tuple[Any, Any]:
+    """Both, once the matrices and the main branch are there. Vectors are not waited for: their exchanges are small, best left to the end."""
+    leaves, structure = jax.tree.flatten(weights)
+    matrices = [leaf for leaf in leaves if leaf.ndim > 1]
+    matrices, branch = jax.lax.optimization_barrier((matrices, branch))
+    there = iter(matrices)
+    return jax.tree.unflatten(structure, [next(there) if leaf.ndim > 1 else leaf for leaf in leaves]), branch
 
 
 _in_turn.defvjp(
-    lambda ahead, x: (_in_turn(ahead, x), None),
-    lambda _, gradients: jax.lax.optimization_barrier(gradients),
+    lambda ahead, branch: ((_behind(ahead, branch), branch), None),
+    lambda _, gradients: _at_once(*gradients),
 )
 
 

@@ -57,10 +57,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "contiguous": {"xla_disable_hlo_passes": ""},
     # How many multiprocessors an exchange takes from what runs beside it.
     "few-channels": {"xla_gpu_nccl_collective_max_nchannels": 8},
+    "four-channels": {"xla_gpu_nccl_collective_max_nchannels": 4},
     "early": {"xla_gpu_experimental_collective_start_as_early_as_possible": True},
     # Products and collectives on streams of their own also where the scheduler is off.
     "memcpy": {"xla_gpu_use_memcpy_local_p2p": True},
     "user-buffers": {"xla_gpu_enable_nccl_user_buffers": True},
+    "symmetric-buffers": {"xla_gpu_experimental_enable_nccl_symmetric_buffers": True},
     "priority": {"xla_gpu_enable_highest_priority_async_stream": True},
 }
 

@@ -6,11 +6,13 @@ Tokens are flat, (N, R), outside attention: with a batch axis XLA may put it inn
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import layout
 
 from prenorm_jax import placement
 from prenorm_jax.hopper import stack
@@ -109,21 +111,64 @@ def _narrow_matrices(state: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(narrow, state)
 
 
-@jax.custom_vjp
-def unstacked(tree: Any) -> list[Any]:
+Places = Mapping[tuple[Any, ...], placement.Place]
+
+
+def unstacked(tree: Any, places: Places) -> list[Any]:
     """A tree of stacked leaves (depth, ...) as one tree a layer. Its derivative puts the layers' gradients together in one array, where
-    that of an index would add up arrays of all layers."""
-    depth = jax.tree.leaves(tree)[0].shape[0]
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(depth)]
+    that of an index would add up arrays of all layers.
+
+    Args:
+      places: how the matrices of a layer are split, by the path of the module that has them; other leaves are whole.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    cuts = [_cut(leaf, _place(path, places)) for path, leaf in leaves]
+    return [jax.tree.unflatten(structure, layer) for layer in zip(*cuts, strict=True)]
 
 
-unstacked.defvjp(
-    lambda tree: (unstacked(tree), None), lambda _, layers: (jax.tree.map(lambda *leaves: _stacked(leaves), *layers),)
+def _places(block: Block) -> Places:
+    """How the matrices of a block are split, by the path of the module that has them."""
+    return {path: module.stored for path, module in nnx.iter_modules(block) if isinstance(module, Linear)}
+
+
+def _place(path: tuple[Any, ...], places: Places) -> placement.Place:
+    names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+    return places.get(names[:-1], placement.UNSPLIT) if names[-1:] == ("kernel",) else placement.UNSPLIT
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _cut(leaf: Array, stored: placement.Place) -> tuple[Array, ...]:
+    return tuple(leaf[i] for i in range(leaf.shape[0]))
+
+
+_cut.defvjp(
+    lambda leaf, stored: (_cut(leaf, stored), None), lambda stored, _, gradients: (_put_together(gradients, stored),)
 )
 
 
-def _stacked(leaves: tuple[Array, ...]) -> Array:
-    return stack.stack(list(leaves)) if stack.served(leaves) else jnp.stack(leaves)
+def _put_together(arrays: tuple[Array, ...], stored: placement.Place) -> Array:
+    """The arrays of all layers in one, each device with the shares that it has."""
+    here = placement.sizes()
+    split = placement.fitted(stored, arrays[0].shape, here) if here else placement.WHOLE
+    parts = placement.parts(split, here)
+    if parts > 1:
+        put_together = _row_by_row
+    elif stack.served(arrays):
+        put_together = stack.stack
+    else:
+        return jnp.stack(arrays)
+    stacked = placement.PartitionSpec(None, *split)
+    return placement.on_each_device(lambda *own: put_together(list(own)), arrays, (split,) * len(arrays), stacked)
+
+
+def _row_by_row(arrays: list[Array]) -> Array:
+    """Of split arrays, stacked. A share of columns comes out of its exchange column by column; what an optimizer does with it would be
+    done in that order too, with its own arrays turned around for it and back, if it weren't turned around once here."""
+    stacked = jnp.stack(arrays)
+    if jax.default_backend() != "gpu":
+        return stacked
+    rows_last = layout.Layout(major_to_minor=tuple(range(stacked.ndim)))
+    return jax.lax.optimization_barrier(layout.with_layout_constraint(stacked, rows_last))
 
 
 def run(
@@ -171,14 +216,14 @@ def run(
         return last, jnp.concatenate([before, last[None]]), cache
 
     if isinstance(blocks, Block):
-        layers = unstacked(_narrow_matrices(parameters, x.dtype))
+        layers = unstacked(_narrow_matrices(parameters, x.dtype), _places(blocks))
     else:
         layers = [nnx.state(block) for block in blocks]
     written, states, caches = NOTHING, [], []
     for index in range(len(layers)):
         # Only cuts of a stack: what is a leaf of its own would be copied, and held until the backward pass.
         if isinstance(blocks, Block) and index + 1 < len(layers):
-            layers[index + 1], x = placement.in_turn(layers[index + 1], x)
+            layers[index + 1], (x, written) = placement.in_turn(layers[index + 1], (x, written))
         if remat:  # one array is held for a block, not two
             x, written = add(x, written), NOTHING
         of_layer = tuple(None if each is None else each[index] for each in (cache, scales))

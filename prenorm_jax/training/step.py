@@ -42,20 +42,27 @@ MESH_OPTIONS: dict[str, dict[str, Any]] = {
     "gpu": {
         # Gradients are summed where they lie; the pass puts them into one buffer first, a copy there and one back.
         "xla_disable_hlo_passes": "all-reduce-contiguous",
-        # What is exchanged at once is about a layer of ViT-B or GPT Small, 14 MB: it is over before the next layer's gradients are there.
-        "xla_gpu_all_reduce_combine_threshold_bytes": 2**24,
+        # What is gathered or scattered at once is about a layer of ViT-B or GPT Small, 14 MB.
         "xla_gpu_all_gather_combine_threshold_bytes": 2**24,
         "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**24,
+        # Gradients of whole weights are summed in one go: between the devices of one host that takes less than it takes from the products
+        # that it would run beside. Between hosts it takes longer, and a layer at a time is summed while the next is computed.
+        "xla_gpu_all_reduce_combine_threshold_bytes": 2**31,
     },
 }
+BETWEEN_HOSTS: dict[str, dict[str, Any]] = {"gpu": {"xla_gpu_all_reduce_combine_threshold_bytes": 2**24}}
 
 
 @functools.cache
 def compiler_options(devices: int = 1) -> dict[str, Any]:
-    """The `COMPILER_OPTIONS` of this process's backend, and for several devices `MESH_OPTIONS`, less those that XLA_FLAGS sets, and those
-    that its version of XLA doesn't know."""
+    """The `COMPILER_OPTIONS` of this process's backend, and for several devices `MESH_OPTIONS` (and `BETWEEN_HOSTS`), less those that
+    XLA_FLAGS sets, and those that its version of XLA doesn't know."""
     backend, known = jax.default_backend(), {}
-    wanted = COMPILER_OPTIONS.get(backend, {}) | (MESH_OPTIONS.get(backend, {}) if devices > 1 else {})
+    wanted = COMPILER_OPTIONS.get(backend, {})
+    if devices > 1:
+        wanted = wanted | MESH_OPTIONS.get(backend, {})
+    if jax.process_count() > 1:
+        wanted = wanted | BETWEEN_HOSTS.get(backend, {})
     given = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
     for name, value in wanted.items():
         if name in given:

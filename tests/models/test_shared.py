@@ -4,8 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prenorm_jax import placement
+from prenorm_jax.models import blocks
 from prenorm_jax.models.blocks import unstacked
 from prenorm_jax.models.layers import shared
+from prenorm_jax.training import sharding
+from prenorm_jax.training.experiment import Mesh
 
 
 def products(x, matrices):
@@ -39,7 +43,7 @@ def test_each_product_s_gradient_stands_first_in_its_addition():
 
 def test_layers_of_a_stack_and_their_gradient():
     stack = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.arange(3.0)}
-    layers, pull_back = jax.vjp(unstacked, stack)
+    layers, pull_back = jax.vjp(lambda stack: unstacked(stack, {}), stack)
     assert [layer["b"].tolist() for layer in layers] == [0.0, 1.0, 2.0]
     (found,) = pull_back([jax.tree.map(lambda leaf, i=i: leaf * i, layer) for i, layer in enumerate(layers)])
     np.testing.assert_array_equal(found["a"], stack["a"] * jnp.arange(3.0)[:, None])
@@ -47,3 +51,34 @@ def test_layers_of_a_stack_and_their_gradient():
     used = {eqn.primitive.name for eqn in jax.make_jaxpr(pull_back)(layers).jaxpr.eqns}
     assert used & {"concatenate", "stack"}
     assert not used & {"add", "add_any", "pad", "scatter", "scatter-add", "dynamic_update_slice"}
+
+
+def test_on_a_mesh_each_device_puts_its_own_shares_together(monkeypatch):
+    seen = []
+
+    def put_together(arrays):
+        seen.append(arrays[0].shape)
+        return jnp.stack(arrays)
+
+    monkeypatch.setattr(blocks, "_row_by_row", put_together)
+    mesh = sharding.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+    places = {("up",): placement.COLUMNS, ("down",): placement.ROWS}
+    leaf = np.arange(3 * 8 * 16.0).reshape(3, 8, 16)
+    tree = {"up": {"kernel": leaf, "bias": leaf[:, 0]}, "down": {"kernel": leaf}}
+    weights = jnp.arange(3.0)
+
+    def loss(tree):
+        layers = unstacked(tree, places)
+        return sum(weights[i] * (leaf**2).sum() for i, layer in enumerate(layers) for leaf in jax.tree.leaves(layer))
+
+    @jax.jit
+    def gradient(tree):
+        with placement.within(mesh):
+            return jax.grad(loss)(tree)
+
+    found = gradient(jax.device_put(tree, jax.sharding.NamedSharding(mesh, placement.WHOLE)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, 2 * b * weights.reshape(3, *[1] * (b.ndim - 1))), found, tree
+    )
+    assert sorted(seen) == [(2, 16), (8, 4)]
+    assert found["up"]["kernel"].sharding.spec == jax.sharding.PartitionSpec(None, None, ("tensor", "fsdp"))
