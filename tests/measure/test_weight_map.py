@@ -14,11 +14,16 @@ pytestmark = pytest.mark.slow  # on one Python
 CONFIG = models.ViTConfig(width=8, depth=1, heads=2, mlp_width=16, image_size=8, patch_size=4, classes=3)
 
 
+WINDOWS = {"warmup_steps": 1, "window_steps": 1, "windows": 2}
+
+
 @pytest.fixture(scope="module")
 def result():
     jax.config.update("jax_disable_most_optimizations", True)  # 17 programs, each run four times
     try:
-        return weight_map.measure(CONFIG, 2, warmup_steps=1, window_steps=1, windows=2)
+        steps = weight_map.measure_steps(CONFIG, 2, **WINDOWS)
+        baseline_ms = steps["steps"][weight_map.BASELINE]["ms"]
+        return steps | {"maps": weight_map.measure_maps(CONFIG, baseline_ms, **WINDOWS)}
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
 
