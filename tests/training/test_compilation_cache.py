@@ -25,6 +25,7 @@ def files(folder: pathlib.Path, **environment: str) -> int:
     return sum(path.is_file() for path in folder.rglob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "kept"),
     [

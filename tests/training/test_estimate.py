@@ -76,6 +76,7 @@ def test_the_guides_figures_are_those_measured():
     assert all(0.9 < ratio < 1.1 for ratio in ratios)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [Mesh(data=8), Mesh(data=1, fsdp=8)], ids=["data", "fsdp"])
 def test_a_recomputed_layer_keeps_one_main_branch(mesh):
     """Not what was written to it apart, and no copy of its weights."""

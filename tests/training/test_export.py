@@ -11,6 +11,7 @@ from prenorm_jax.training import export
 SMALL = {"width": 64, "depth": 1, "heads": 2, "mlp_width": 128}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coordinates", ["pre_ln", "native"])
 @pytest.mark.parametrize("size", ["S/16", "small"])
 def test_every_form_lowers_for_a_tpu(size, coordinates):

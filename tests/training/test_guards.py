@@ -68,6 +68,7 @@ def finite(tree) -> bool:
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_on_a_bad_batch_changes_nothing_but_its_number(accumulate):
     tx = make_optimizer(Optimizer(warmup_steps=1), 10)
@@ -122,6 +123,7 @@ def test_a_bad_step_at_a_checkpoint_is_not_in_it(experiment, spoilt, tmp_path):
     assert checkpoints.load(tmp_path / "run").step == 6
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_counted_over_a_resume(experiment, spoilt, tmp_path):
     spoilt(2, BAD)
     allowed = with_train(experiment, skip_nonfinite=1)

@@ -86,6 +86,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_and_is_kept(run, how):
     experiment, workdir, params = run
@@ -128,6 +129,7 @@ def test_where_none_can_be_read_nothing_is_moved_and_nothing_begins_anew(run):
     assert sorted(path.name for path in checkpoints.folder(workdir).iterdir()) == ["10", "12", "5"]
 
 
+@pytest.mark.slow
 def test_a_single_flipped_bit_is_seen_and_by_fingerprints_alone(run, monkeypatch):
     """The control: the format's own reader takes it for another weight."""
     _, workdir, params = run
@@ -337,6 +339,7 @@ def test_from_any_coordinates_to_any_others_the_function_stays(random_params, tm
     assert np.abs(wrong - expected).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_parameters_of_pre_rmsnorm_that_left_the_zero_mean_have_no_equal(tmp_path):
     experiment = changed(small.experiment(tmp_path / "library"), train={"coordinates": "native"})
     train(experiment, tmp_path / "run")
@@ -347,6 +350,7 @@ def test_parameters_of_pre_rmsnorm_that_left_the_zero_mean_have_no_equal(tmp_pat
         train(other, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_parameters_of_another_in_its_own_coordinates(run, tmp_path):
     experiment, workdir, _ = run
     other = changed(experiment, model=PACKED, train={"coordinates": "native", "init_from": str(workdir), "steps": 20})

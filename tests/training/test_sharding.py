@@ -49,6 +49,7 @@ def test_in_single_precision_too(run):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_mean_of_the_devices_means_would_be_seen():
     model, coordinates = RUNS["vit"]
     expected, _ = losses(model, coordinates)

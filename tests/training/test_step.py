@@ -228,7 +228,11 @@ def test_options_of_the_compiler(monkeypatch):
     of_step.compiler_options.cache_clear()
     try:
         alone, several = of_step.compiler_options(), of_step.compiler_options(2)
+        of_step.compiler_options.cache_clear()
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        between_hosts = of_step.compiler_options(2)
     finally:
         of_step.compiler_options.cache_clear()
     assert alone == {"xla_gpu_enable_triton_gemm": False}
     assert several == alone | of_step.MESH_OPTIONS["gpu"]
+    assert between_hosts == several | of_step.BETWEEN_HOSTS["gpu"] != several

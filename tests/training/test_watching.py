@@ -79,6 +79,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory):
     return types.SimpleNamespace(root=root, base=base, outputs=outputs, logged=logged, started=started)
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_rows(runs):
     found = events(runs.root / "rms" / "tensorboard")
     scalars = {(value.tag, event.step): value.simple_value for event in found for value in event.summary.value}
@@ -186,6 +187,7 @@ def test_a_row_is_written_whole_or_not_at_all(runs, tmp_path, monkeypatch, part)
     assert (tmp_path / "metrics.jsonl").read_text() == json.dumps({"kind": "train", "step": 1, "loss": 1.0}) + "\n"
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_another_error_is_itself(runs, tmp_path, monkeypatch):
     for error, expected in (
         (OSError(errno.ENOSPC, "No space left on device"), DiskFull),
