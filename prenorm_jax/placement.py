@@ -140,7 +140,7 @@ def _behind(ahead: Any, branch: Any) -> Any:
 
 
 def _at_once(weights: Any, branch: Any) -> tuple[Any, Any]:
-    """Both, once the matrices and the main branch are there. Vectors are not waited for: their exchanges are small, best left to the end."""
+    """Both, once matrices and main branch are there. Vectors are not waited for: their exchanges are small and best left to the end."""
     leaves, structure = jax.tree.flatten(weights)
     matrices = [leaf for leaf in leaves if leaf.ndim > 1]
     matrices, branch = jax.lax.optimization_barrier((matrices, branch))

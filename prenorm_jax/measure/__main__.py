@@ -160,7 +160,7 @@ def time_devices(given: argparse.Namespace) -> int:
     )
     print(devices.table(result))
     if given.json:
-        devices.save([result], given.json)
+        devices.save(result, given.json)
     return 0
 
 

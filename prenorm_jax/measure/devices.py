@@ -14,7 +14,6 @@ nothing would take, for no two cards are equally fast, and a step on several wai
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +27,7 @@ from prenorm_jax.measure.works import Work, optimizer
 from prenorm_jax.models.config import require, require_one_of
 from prenorm_jax.training import sharding
 from prenorm_jax.training.experiment import Mesh
+from prenorm_jax.training.results import save_beside
 from prenorm_jax.training.step import compiler_options, init_state, make_train_step
 
 BAR = 1.04
@@ -219,10 +219,6 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def save(results: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Writes results, beside those of other works that the file holds."""
-    held = json.loads(path.read_text())["on_devices"] if path.exists() else []
-    new = {(each["work"], each["form"], each["devices"]) for each in results}
-    kept = [each for each in held if (each["work"], each["form"], each["devices"]) not in new]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"on_devices": kept + results}, indent=1) + "\n")
+def save(result: dict[str, Any], path: pathlib.Path) -> None:
+    """Writes a result, beside those of other works that the file holds."""
+    save_beside(path, "on_devices", [result], lambda each: (each["work"], each["form"], each["devices"]))

@@ -10,7 +10,6 @@ steps. The negative control is plain with a learning rate a tenth higher: it has
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,6 +24,7 @@ from prenorm_jax.measure.works import Work
 from prenorm_jax.models.config import require
 from prenorm_jax.training.experiment import Optimizer
 from prenorm_jax.training.optimizer import make_optimizer
+from prenorm_jax.training.results import save_beside
 from prenorm_jax.training.step import init_state, make_train_step
 
 ALLOWED = 2.0
@@ -118,7 +118,4 @@ def table(result: Mapping[str, Any]) -> str:
 
 def save(result: dict[str, Any], path: pathlib.Path) -> None:
     """Writes a result, beside those of other works that the file holds."""
-    held = json.loads(path.read_text())["tracking"] if path.exists() else []
-    kept = [each for each in held if each["tracked"] != result["tracked"]]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"tracking": [*kept, result]}, indent=1) + "\n")
+    save_beside(path, "tracking", [result], lambda each: each["tracked"])

@@ -33,6 +33,7 @@ from typing import Any
 from prenorm_jax import models
 from prenorm_jax.models.config import ConfigError, GPTConfig, ViTConfig, require
 from prenorm_jax.training.experiment import Experiment, Mesh, Train, as_tree, read_experiment
+from prenorm_jax.training.results import save_beside
 
 DEPTHS = (2, 4)
 TITLES = ("model", "data x fsdp x tensor", "batch", "state", "kept", "memory", "TFLOP", "exchanged", "whole")
@@ -295,13 +296,7 @@ def experiment_of(family: str, size: str, devices: int, per_device: int, **field
 
 def save(new: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Writes rows, beside those of other models, meshes and batches that the file holds."""
-
-    def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["model"], tuple(row["mesh"]), row["batch"]
-
-    held = json.loads(path.read_text())["estimates"] if path.exists() else []
-    kept = [row for row in held if key(row) not in set(map(key, new))]
-    path.write_text(json.dumps({"estimates": kept + new}, indent=1) + "\n")
+    save_beside(path, "estimates", new, lambda row: (row["model"], tuple(row["mesh"]), row["batch"]))
 
 
 def main(arguments: list[str]) -> int:

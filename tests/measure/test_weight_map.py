@@ -76,7 +76,15 @@ def test_each_row_is_held_against_its_native_step(result):
 
 
 def test_it_writes_what_it_measured(result, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(weight_map, "measure", lambda config, batch_size, **windows: result)
-    assert weight_map.main(["--size", "Ti/16", "--json", str(tmp_path / "found.json")]) == 0
-    assert json.loads((tmp_path / "found.json").read_text())["steps"].keys() == result["steps"].keys()
+    path, steps = tmp_path / "found.json", {name: value for name, value in result.items() if name != "maps"}
+
+    def measure_maps(config, baseline_ms, **windows):
+        assert "maps" not in json.loads(path.read_text())  # the steps are safe by now
+        assert baseline_ms == result["steps"][weight_map.BASELINE]["ms"]
+        return result["maps"]
+
+    monkeypatch.setattr(weight_map, "measure_steps", lambda config, batch_size, **windows: steps)
+    monkeypatch.setattr(weight_map, "measure_maps", measure_maps)
+    assert weight_map.main(["--size", "Ti/16", "--json", str(path)]) == 0
+    assert json.loads(path.read_text()).keys() == result.keys()
     assert "| training step | ms |" in capsys.readouterr().out
