@@ -20,8 +20,17 @@ SLICE = 2**22
 def wide(leaf: Array) -> Array:
     """float64 on the host for a concrete array, at least float32 for a traced one."""
     if isinstance(leaf, jax.core.Tracer):
-        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        return leaf.astype(single_or_wider(leaf.dtype))
     return np.asarray(leaf).astype(np.float64)
+
+
+def single_or_wider(dtype: Any) -> Any:
+    """float32, or the dtype if that is wider. Of 8 bits and fewer JAX promotes none.
+
+    >>> single_or_wider(jnp.float8_e4m3fn).__name__, single_or_wider(np.dtype("float64"))
+    ('float32', dtype('float64'))
+    """
+    return dtype if jnp.dtype(dtype).itemsize > 4 else jnp.float32
 
 
 def narrow(value: Array, like: Array) -> Array:

@@ -303,3 +303,28 @@ def test_a_function_of_other_parameters_than_its_own_shows_nothing():
 def test_a_function_that_returns_nan_shows_nothing():
     with pytest.raises(LayoutError, match="fn is not finite"):
         BRANCH.check(lambda params, x: mlp(params, x) * np.nan, initial(), X)
+
+
+def test_check_tells_gamma_from_beta_and_the_biases_of_two_readers():
+    def fn(params, x):
+        y = layer_norm(x @ params["write"], params["norm"]["gamma"], params["norm"]["beta"], eps=1e-6)
+        q, k = (y @ params[name]["kernel"] + params[name]["bias"][None] for name in "qk")
+        return jnp.tanh(q) * k
+
+    rng = np.random.default_rng(0)
+    shapes = {
+        "write": (4, 8),
+        "norm": {"gamma": (8,), "beta": (8,)},
+        **{n: {"kernel": (8, 5), "bias": (5,)} for n in "qk"},
+    }
+    params = jax.tree.map(lambda shape: rng.normal(size=shape), shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+    def described(scale, bias, q, k):
+        readers = [Reader("q/kernel", bias=f"{q}/bias"), Reader("k/kernel", bias=f"{k}/bias")]
+        return MainBranch([Writer("write")], [Norm(readers, scale=f"norm/{scale}", bias=f"norm/{bias}")])
+
+    x = rng.normal(size=(3, 4))
+    described("gamma", "beta", "q", "k").check(fn, params, x)
+    for wrong in (("beta", "gamma", "q", "k"), ("gamma", "beta", "k", "q")):
+        with pytest.raises(LayoutError, match=r"folding its scale .* are the two exchanged, or biases of its readers"):
+            described(*wrong).check(fn, params, x)

@@ -7,13 +7,16 @@ LayerNorm ignores a multiple of (1, ..., 1), and what it multiplies by gamma its
     norms        multiplying gamma and beta by a random positive vector and dividing all readers by it along their axes changes no output
                  (a norm with beta alone: adding to it and subtracting what the readers make of that from their biases; a norm without
                  either: adding a constant along the readers' axes, since what they read has zero mean);
+    affines      folding a random gamma and beta into the readers and their biases changes no output;
     readers      with all readers at zero, no output depends on the writers;
     coordinates  reflecting writers and readers changes no output (see `coordinates`): nothing else writes, nothing else reads.
 
 What fn alone can't show: whether recentering a module's output makes the function equal, and what reads a norm that is kept, if that is not
 described. `check` asks for `converted` then: the function with RMSNorm in its norms' places (and the transforms inside), which has to
 equal fn, and decides wherever it is given. It alone can show one number that is added to all channels of a token (and is no leaf):
-LayerNorm hides that at any depth. Inputs that don't reach a leaf don't test it.
+LayerNorm hides that at any depth; and it alone looks at the norms' formula and eps: whatever removes a mean passes the others (centring
+without a variance, a variance over d - 1, eps outside the root, another eps than the description's). Inputs that don't reach a leaf
+don't test it.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ def check(
         base = _without_layer_scales(probe, found)
         _check_writers(probe, base, found)
         _check_norms(probe, base, found)
+        _check_affines(probe, base, found)
         check_nothing_else_reads(probe, base, found)
         if converted is not None:
             _check_converted(probe, base, found, converted)
@@ -236,6 +240,45 @@ def _norm_change(
         affine: lambda bias: bias + added,
         **{path: functools.partial(np.add, -shift) for path, shift in read.items() if path},
     }
+
+
+def _check_affines(probe: Probe, base: Flat, found: Resolved) -> None:
+    """Folding gamma and beta into the readers, as the transforms do, changes no output; a factor alone would not tell them apart, nor the
+    biases of two readers. A beta that a reader has no place for is 0."""
+    reading = [(reader.kernel, reader.axis) for norm in found.norms for reader in norm.readers]
+    affines = [norm for norm in found.norms if norm.keep is None and (norm.scale or norm.bias)]
+    told_apart, folded = dict(base), {}
+    for norm in affines:
+        if any(reading.count((reader.kernel, reader.axis)) > 1 for reader in norm.readers):
+            continue  # behind several norms, each of which would be folded
+        placed = all(reader.bias and not reader.new_bias for reader in norm.readers)
+        one: Flat = {}
+        if norm.scale:
+            gamma = base[norm.scale]
+            told_apart[norm.scale] = gamma * probe.random.uniform(0.5, 2.0, size=gamma.shape).astype(gamma.dtype)
+            one[norm.scale] = np.ones_like(gamma)
+        if norm.bias:
+            beta = base[norm.bias]
+            told_apart[norm.bias] = probe.random.normal(size=beta.shape).astype(beta.dtype) if placed else 0 * beta
+            one[norm.bias] = np.zeros_like(beta)
+        for reader in norm.readers:
+            kernel = base[reader.kernel]
+            if norm.bias and placed and reader.bias:
+                read = (along(told_apart[norm.bias], kernel, reader.axis) * kernel).sum(axis=reader.axis)
+                one[reader.bias] = one.get(reader.bias, base[reader.bias]) + read.reshape(base[reader.bias].shape)
+            if norm.scale:
+                one[reader.kernel] = kernel * along(told_apart[norm.scale], kernel, reader.axis)
+        folded[norm.name] = one
+    whole = {path: leaf for one in folded.values() for path, leaf in one.items()}
+    if not folded or not probe.is_finite(told_apart) or probe.moved({**told_apart, **whole}, told_apart) <= 1:
+        return
+    for norm in affines:
+        if norm.name in folded and probe.moved({**told_apart, **folded[norm.name]}, told_apart) > 1:
+            biases = ", ".join(f"{reader.bias} of {reader.kernel}" for reader in norm.readers if reader.bias)
+            raise LayoutError(
+                f"{norm.name}: folding its scale ({norm.scale or 'none'}) and bias ({norm.bias or 'none'}) into its readers changes the "
+                f"function: are the two exchanged, or biases of its readers ({biases or 'none'})?"
+            )
 
 
 def _check_converted(probe: Probe, base: Flat, found: Resolved, converted: Callable[..., Any]) -> None:

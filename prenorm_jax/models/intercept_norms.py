@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.errors import ScopeParamNotFoundError
 
 from prenorm_jax.main_branch import LayoutError, MainBranch, Norm, patterns
-from prenorm_jax.models.norm_sites import Form, eps_of, require_all, require_plain
+from prenorm_jax.models.norm_sites import Form, eps_of, require_all, require_plain, require_recentered_modules
 from prenorm_jax.paths import Tree, leaves
 from prenorm_jax.transforms import require_recentered
 
@@ -68,24 +68,49 @@ class _Interceptor:
     def __init__(self, spec: MainBranch, form: Form, norm_classes: tuple[type, ...], recentered: bool):
         self.spec, self.form, self.norm_classes, self.recentered = spec, form, norm_classes, recentered
         self.seen: tuple[int, ...] = ()  # leaves that are known to be recentered
-        self.norms = set[str]()
+        self.inside = False  # a call of the model
+        self.norms, self.written = set[str](), set[str]()  # paths that ran in it: of norms, of recentered modules
         self.biases = [reader.bias for rule in spec.norms for reader in rule.readers if reader.bias]
 
     def __call__(self, call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if context.method_name != "__call__" or module.is_initializing():
+        if module.is_initializing() or context.method_name == "setup":
             return call(*args, **kwargs)
-        where = "/".join(module.path)
-        if not where:
-            self.norms = set()
-            self._require_recentered(module.variables["params"])
+        if module.path or self.inside:
+            return self._module(call, args, kwargs, context)
+        self.inside, self.norms, self.written = True, set(), set()
+        try:
+            params = module.variables["params"]
+            self._require_recentered(params)
+            y = self._module(call, args, kwargs, context)
+            self._require_all_ran(params, context.method_name)
+        finally:
+            self.inside = False
+        return y
+
+    def _module(self, call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        if context.method_name != "__call__":
+            return call(*args, **kwargs)
+        module, where = context.module, "/".join(context.module.path)
         rule = self.spec.norm_at(where)
         if rule is not None:
             return self._norm(module, rule, where, *args, **kwargs)
         y = self._with_biases(call, module, where, args, kwargs)
-        if not where:
-            require_all(self.spec, module.variables["params"], self.norms, "ran")
-        return self.form.variant.write(y) if self.spec.is_recentered(where) else y
+        if not self.spec.is_recentered(where):
+            return y
+        self.written.add(where)
+        return self.form.variant.write(y)
+
+    def _require_all_ran(self, params: Tree, method: str) -> None:
+        """Every norm and every recentered module of the description in `__call__`; in another method, which may be a part of the model,
+        one norm at least."""
+        if method == "__call__":
+            require_all(self.spec, params, self.norms, "ran")
+            require_recentered_modules(self.spec, self.written, "ran")
+        elif not self.norms:
+            raise LayoutError(
+                f"{method}: none of the description's norms ran in it; call prenorm_jax.rms_norm there yourself, or mend their paths"
+            )
 
     def _require_recentered(self, params: Tree) -> None:
         """Refuses parameters whose writers have a mean; those of one call are looked at once."""
@@ -93,7 +118,9 @@ class _Interceptor:
         seen = tuple(map(id, flat.values()))
         if self.recentered and seen != self.seen and not any(isinstance(a, jax.core.Tracer) for a in flat.values()):
             require_recentered(params, self.spec, stored=jnp.bfloat16)
-            self.seen = seen
+            self.seen = (
+                seen if all(isinstance(leaf, jax.Array) for leaf in flat.values()) else ()
+            )  # others can be overwritten
 
     def _norm(self, module: nn.Module, rule: Norm, where: str, x: Array, *, mask: Array | None = None) -> Array:
         require_plain(module, self.norm_classes, nn.LayerNorm, where)

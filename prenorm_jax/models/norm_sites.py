@@ -92,3 +92,13 @@ def require_all(spec: MainBranch, params: Tree, found: set[str], how: str) -> No
                 f"{norm.module}: the description has a norm there, the model {how} no LayerNorm of this path; it saw "
                 f"{', '.join(sorted(found)[:6]) or 'none'}. Call prenorm_jax.rms_norm there yourself, or mend the path"
             )
+
+
+def require_recentered_modules(spec: MainBranch, found: set[str], how: str) -> None:
+    """Every pattern of `recentered` has a module among those `found`. Raises: LayoutError."""
+    for pattern in spec.recentered:
+        if not any(patterns.match(pattern, path) for path in found):
+            raise LayoutError(
+                f"recentered {pattern}: the model {how} no module of this path that is called, so nothing is recentered; a table read "
+                "directly, or what another method returns, has to be recentered where it is used: x - x.mean(-1, keepdims=True)"
+            )

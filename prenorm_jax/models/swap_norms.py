@@ -10,7 +10,7 @@ from flax import nnx
 
 from prenorm_jax import transforms
 from prenorm_jax.main_branch import LayoutError, MainBranch, Norm
-from prenorm_jax.models.norm_sites import Form, eps_of, require_all, require_plain
+from prenorm_jax.models.norm_sites import Form, eps_of, require_all, require_plain, require_recentered_modules
 from prenorm_jax.paths import Tree, leaves, with_leaves
 
 Array = jax.Array
@@ -48,7 +48,8 @@ def swap_norms(
 
     Norms that the description doesn't name (of queries and keys, for example) stay. Each eps is the module's own. The scale and bias of a
     norm leave the model where they were folded into its readers; a reader without a bias gains one where the description says so.
-    Outputs of `spec.recentered` are recentered, or compressed.
+    Outputs of `spec.recentered` are recentered, or compressed, where the module is called: a table that is read directly is not, nor is
+    what another method returns.
 
     Args:
       model: with `nnx.LayerNorm`s, looped or stacked for `nnx.scan`, whose `nnx.Param`s the description describes.
@@ -87,6 +88,7 @@ def swap_norms(
     swap = _Swap(spec, form, leaves(params), norm_classes)
     swapped = nnx.recursive_map(swap.node, nnx.clone(model))
     require_all(spec, params, swap.norms, "has")
+    require_recentered_modules(spec, swap.recentered, "has")
     swap.require_all_used()
     return swapped
 
@@ -103,7 +105,8 @@ class _Swap:
 
     def __init__(self, spec: MainBranch, form: Form, flat: dict[str, Any], norm_classes: tuple[type, ...]):
         self.spec, self.form, self.flat, self.norm_classes = spec, form, flat, norm_classes
-        self.unused, self.left, self.norms = set(flat), set[str](), set[str]()
+        self.unused, self.left = set(flat), set[str]()
+        self.norms, self.recentered = set[str](), set[str]()  # paths of those that were exchanged
         norms = spec.resolve(flat).norms
         self.biases = {reader.bias for norm in norms for reader in norm.readers if reader.bias}
 
@@ -120,7 +123,8 @@ class _Swap:
         for kind, declare in _DECLARED_WIDTHS:
             if isinstance(node, kind):
                 declare(node)
-        if self.spec.is_recentered(where):
+        if self.spec.is_recentered(where) and callable(node):
+            self.recentered.add(where)
             node.__class__ = _recentered(type(node), self.form)
         return node
 

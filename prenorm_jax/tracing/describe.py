@@ -11,6 +11,7 @@ import numpy as np
 from prenorm_jax.bases import stacks
 from prenorm_jax.main_branch import MainBranch, Norm, Reader, Writer, side_by_side
 from prenorm_jax.tracing.decision import ConversionError, Decision, decide
+from prenorm_jax.tracing.jaxprs import where
 from prenorm_jax.tracing.leaf_views import LeafView
 from prenorm_jax.tracing.norms import NormFound, norms_of
 from prenorm_jax.tracing.report import report_of
@@ -48,7 +49,9 @@ def trace(
       width: which main branch, by its width, where a program has several; "each" for a tuple of all of them, narrowest first, side by
         side: the transforms are then applied with one after the other.
 
-    A LayerScale that has to move into its writer before that is recentered is the writer's `scale`.
+    A LayerScale that has to move into its writer before that is recentered is the writer's `scale`. A norm whose affine can't move into its
+    readers is kept, with the reason (`Norm.keep`); one that has none is told by its line in the program (`Norm.module`). Behind a kept norm
+    a compressed model computes in the Pre-LN coordinates.
 
     Raises: ConversionError where nothing can be converted, where there are main branches of several widths and none is chosen, or where a
       LayerScale is of a shape that a description can't say (`convert` moves it all the same).
@@ -98,8 +101,7 @@ def _branch(
                     "description knows vectors (layers..., width) only; use convert, which does it"
                 )
             writers.append(Writer(paths[k], axis, scale=None if scale is None else paths[scale]))
-    norms = tuple(norm for n in found if (norm := _norm(n, paths, shapes)) is not None)
-    return MainBranch(tuple(writers), norms, (), width)
+    return MainBranch(tuple(writers), tuple(_norm(n, paths, shapes) for n in found), (), width)
 
 
 def _lines_up(vector: tuple[int, ...], kernel: tuple[int, ...], axis: int) -> bool:
@@ -107,7 +109,7 @@ def _lines_up(vector: tuple[int, ...], kernel: tuple[int, ...], axis: int) -> bo
     return stacks(np.empty(vector), np.empty(kernel), axis) and vector[-1] == kernel[axis]
 
 
-def _norm(found: NormFound, paths: list[str], shapes: list[tuple[int, ...]]) -> Norm | None:
+def _norm(found: NormFound, paths: list[str], shapes: list[tuple[int, ...]]) -> Norm:
     scale = None if found.scale is None else paths[found.scale.position]
     bias = None if found.bias is None else paths[found.bias.position]
     keep = found.keep or next((_stacked_behind(v, paths, shapes) for v in (found.scale, found.bias) if v), None)
@@ -120,7 +122,8 @@ def _norm(found: NormFound, paths: list[str], shapes: list[tuple[int, ...]]) -> 
         if bias is not None and not plain:
             keep = keep or f"{paths[k]} can take no bias"
     if keep is not None:
-        return None if scale is None and bias is None else Norm((), scale, bias, found.eps, keep)
+        line = where(found.site.sums[0]) if scale is None and bias is None else None
+        return Norm((), scale, bias, found.eps, keep, module=line)
     return Norm(tuple(readers), scale, bias, found.eps)
 
 

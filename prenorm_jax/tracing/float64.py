@@ -8,6 +8,7 @@ narrowed to the types they were traced with.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -27,7 +28,9 @@ from prenorm_jax.tracing.jaxprs import (
     names,
     open_program,
     platform_branch,
+    quantizes,
     scan_counts,
+    shape_of,
 )
 
 _WIDENED = names(
@@ -96,6 +99,8 @@ def _run(jaxpr: Any, consts: list, args: list) -> list:
 
 def _equation(eqn: Any, args: list) -> list:
     name = eqn.primitive.name
+    if quantizes(eqn):
+        return [_wide(out) for out in bind(eqn, args)]
     if name == "convert_element_type" and is_float(eqn.outvars[0]):
         return [jax.lax.convert_element_type(args[0], jnp.float64)]
     if name == "reduce_precision":
@@ -155,12 +160,25 @@ def _scan(eqn: Any, args: list) -> list:
 def _while(eqn: Any, args: list) -> list:
     nc, nb = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond, body = open_program(eqn.params["cond_jaxpr"])[0], open_program(eqn.params["body_jaxpr"])[0]
-    final = jax.lax.while_loop(
-        lambda c: _run(cond, [], [*args[:nc], *c])[0],
-        lambda c: tuple(map(_strong, _run(body, [], [*args[nc : nc + nb], *c]))),
-        tuple(map(_strong, args[nc + nb :])),
-    )
-    return list(final)
+
+    def going(carry: Any) -> Any:
+        return _run(cond, [], [*args[:nc], *carry])[0]
+
+    def step(carry: Any) -> Any:
+        new = tuple(map(_strong, _run(body, [], [*args[nc : nc + nb], *carry])))
+        if not shape_of(cond.outvars[0]):
+            return new
+        # Under vmap one predicate for each example: those that are done stay as they are.
+        return tuple(map(functools.partial(_where, going(carry)), new, carry))
+
+    return list(jax.lax.while_loop(lambda carry: going(carry).any(), step, tuple(map(_strong, args[nc + nb :]))))
+
+
+def _where(wanted: Any, new: Any, old: Any) -> Any:
+    """New or old, example by example: the first axes of a batched loop's carry are those of its predicate."""
+    if jax.dtypes.issubdtype(new.dtype, jax.dtypes.extended):
+        return jnp.where(wanted.reshape(wanted.shape + (1,) * (new.ndim - wanted.ndim)), new, old)
+    return jax.lax.select(jax.lax.broadcast_in_dim(wanted, new.shape, range(wanted.ndim)), new, old)
 
 
 def _cond(eqn: Any, args: list) -> list:

@@ -39,6 +39,14 @@ def is_float_dtype(dtype: Any) -> bool:
     return bool(jax.dtypes.issubdtype(dtype, np.floating))
 
 
+def quantizes(eqn: Any) -> bool:
+    """Whether a conversion keeps fewer digits than bfloat16 or float16 do: one that is meant, and no rounding of an implementation's."""
+    if eqn.primitive.name == "reduce_precision":
+        return bool(eqn.params["mantissa_bits"] < 7 or eqn.params["exponent_bits"] < 5)
+    out = eqn.outvars[0]
+    return eqn.primitive.name == "convert_element_type" and is_float(out) and _np_dtype(out.aval).itemsize < 2
+
+
 def shape_of(atom: Any) -> tuple[int, ...]:
     """Shape of an operand; () for tokens and other shapeless values."""
     return tuple(getattr(atom.aval, "shape", ()))

@@ -79,7 +79,8 @@ class _Walk:
                 self.found.stay("its result leaves the program or a loop's body")
             for eqn, i in self.flow.uses.get(var, ()):
                 self.use(eqn, i, axis, stage)
-        found = [*self.branches.values(), *([self.plain] if self.plain.readers or not self.branches else [])]
+        alone = self.plain.readers or self.plain.keep or not self.branches  # what reads it without an affine
+        found = [*self.branches.values(), *([self.plain] if alone else [])]
         for norm in found:
             if not norm.readers:
                 norm.stay("no linear map of a parameter reads it")

@@ -13,6 +13,11 @@ from prenorm_jax.tracing.leaf_views import Views
 from prenorm_jax.tracing.plan import Plan
 from prenorm_jax.tracing.rules import has_rule
 
+NO_SITES = (
+    "no LayerNorm was seen: what is looked for is x less 1/n of its sum over n features (jnp.mean, not one with a mask or weights, or "
+    "jnp.nanmean)"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class SiteReport:
@@ -74,6 +79,8 @@ class Report:
         lines = [
             "  ".join([*(c.ljust(w) for c, w in zip(r[:4], widths, strict=True)), r[4]]).rstrip() for r in [head, *rows]
         ]
+        if not self.sites:
+            lines.append(NO_SITES)
         lines.append(f"{self.converted} of {len(self.sites)} LayerNorms converted")
         lines.append(f"feature reductions     {self.reductions_before} -> {self.reductions_after}")
         for path, axes in self.leaves:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
+from prenorm_jax.precision import single_or_wider
 from prenorm_jax.tracing.emit import Emitter
 from prenorm_jax.tracing.jaxprs import Axes, Program, bind, is_var, literal, live_eqns, remake
 from prenorm_jax.tracing.plan import Plan
@@ -21,7 +22,7 @@ def recentered(value: Any, axes: Axes) -> Any:
     Array([-2., -1.,  3.], dtype=float32)
     """
     dtype = jnp.result_type(value)
-    wide = jax.lax.convert_element_type(value, jnp.promote_types(dtype, jnp.float32))
+    wide = jax.lax.convert_element_type(value, single_or_wider(dtype))
     return jax.lax.convert_element_type(wide - jnp.mean(wide, axes, keepdims=True), dtype)
 
 
