@@ -42,6 +42,12 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError("the following arguments are required: --workdir, or --config")
     if given.prompt is not None and not given.workdir:
         raise ConfigError("--prompt: got no --workdir; allowed: that of a run")
+    if given.prompt is not None and given.forms:
+        raise ConfigError(
+            "--forms: got it with --prompt; allowed: without, since text is written in the run's own form"
+        )
+    if given.best and given.config:
+        raise ConfigError("--best: got it with --config; allowed: with the workdir of a run alone")
     given.fields = given_fields
     return given
 
@@ -53,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         flags = read_flags(argv)
         if flags.prompt is not None:
-            print(evaluation.write_text(flags.workdir, flags.prompt, flags.new_tokens, flags.temperature, flags.top_k))
+            text = (flags.prompt, flags.new_tokens, flags.temperature, flags.top_k)
+            print(evaluation.write_text(flags.workdir, *text, best=flags.best))
             return 0
         forms = tuple(filter(None, flags.forms.split(",")))
         if flags.config:
@@ -64,6 +71,9 @@ def main(argv: Sequence[str]) -> int:
     except (ConfigError, DataError, OSError) as error:
         say("eval.py", error)
         return 2
+    except KeyboardInterrupt:
+        say("eval.py", "interrupted")
+        return 130
     for line in failures:
         say("eval.py", line)
     return 1 if failures else 0

@@ -15,7 +15,7 @@ from absl import logging
 
 from prenorm_jax import measure
 from prenorm_jax.models.config import ConfigError
-from prenorm_jax.training import checkpoints, distributed, estimate, loop
+from prenorm_jax.training import checkpoints, distributed, estimate, loop, memory
 from prenorm_jax.training.command_line import Flags, read_config, say
 from prenorm_jax.training.compilation_cache import use_compilation_cache
 from prenorm_jax.training.data import DataError
@@ -69,6 +69,12 @@ def main(argv: Sequence[str]) -> int:
         return leave(2)
     except (FloatingPointError, DiskFull, ProcessLost, OSError) as error:
         say("train.py", error)
+        return leave(1)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        line = memory.in_a_line(error)
+        if line is None:
+            raise
+        say("train.py", line)
         return leave(1)
     except KeyboardInterrupt:
         say("train.py", "interrupted")

@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(prenorm_jax.__file__).parent
 ORDER = [
     "paths",
     "bases",
+    "fingerprints",
     "precision",
     "placement",
     "hopper",

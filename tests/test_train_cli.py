@@ -39,6 +39,14 @@ MISTAKES = [
     ),
     ([QUICKSTART, "--config.train.steps=many"], "config.train.steps: got 'many'; allowed: an integer"),
     ([QUICKSTART, "--config.train.steps=-5"], "config.train.steps: got -5; allowed: 1 or more"),
+    (
+        [QUICKSTART, "--config.train.steps=4", "--config.train.profile=100:200"],
+        "config.train.profile: got '100:200'; allowed: steps up",
+    ),
+    (
+        [QUICKSTART, "--config.model.width=4000000000"],
+        "config.model.width: got 4000000000; allowed: an integer > 0, below 2**31",
+    ),
     ([QUICKSTART, "--config.model.heads=5"], "config.model.heads: got 5; allowed: a divisor of model.width = 96"),
     ([QUICKSTART, "--config.model.patch_size=3"], "config.model.patch_size: got 3; allowed: a divisor of"),
     ([QUICKSTART, "--config.model.norm=post_ln"], "config.model.norm: got 'post_ln'; allowed: pre_ln, pre_rmsnorm"),
@@ -126,11 +134,22 @@ def fields(**more: object) -> list[str]:
     return [f"--config.{name}={value}" for name, value in settings.items()]
 
 
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    def allocate(*_):
+        raise MemoryError("Unable to allocate 2 PiB\nfor an array")
+
+    monkeypatch.setattr(train.loop, "train", allocate)
+    assert train.main([QUICKSTART, f"--workdir={tmp_path}"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: out of memory (Unable to allocate 2 PiB); train.accumulate")
+    assert err.count("\n") == 1
+
+
 def test_status_and_stderr_of_the_process_itself(tmp_path):
     with child(QUICKSTART, "--config.model.depth=0", cwd=tmp_path) as process:
         out, err = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert (out, err) == ("", "train.py: config.model.depth: got 0; allowed: an integer > 0\n")
+    assert (out, err) == ("", "train.py: config.model.depth: got 0; allowed: an integer > 0, below 2**31\n")
 
 
 @pytest.mark.slow

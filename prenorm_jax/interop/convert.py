@@ -46,6 +46,8 @@ WEIGHTS = {
     ".msgpack",
     ".npz",
     ".onnx",
+    ".onnx_data",
+    ".pkl",
     ".ot",
     ".gguf",
     ".tflite",
@@ -189,7 +191,7 @@ def _carry_over(source: pathlib.Path, folder: pathlib.Path) -> None:
     for file in sorted(source.rglob("*")):
         within = file.relative_to(source)
         hidden = any(part.startswith(".") for part in within.parts)
-        if file.is_file() and not (hidden or file.suffix in WEIGHTS or file.name.endswith(".index.json")):
+        if file.is_file() and not (hidden or file.suffix.lower() in WEIGHTS or file.name.endswith(".index.json")):
             target = folder / within
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)

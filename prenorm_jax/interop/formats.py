@@ -25,6 +25,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from prenorm_jax import fingerprints
 from prenorm_jax.interop import safetensors
 from prenorm_jax.interop.tensors import SHAPE, FormatError, Tensor, checked_name, is_shape
 
@@ -359,16 +360,40 @@ def _orbax_tensor(ocp: Any, folder: pathlib.Path, tree: Any, keys: Keys, leaf: A
 
 
 def _ours(workdir: pathlib.Path) -> Contents:
-    """The newest checkpoint that a training run of this package left."""
-    steps = sorted((int(step.name), step) for step in (workdir / "checkpoints").iterdir() if step.name.isdecimal())
+    """The newest checkpoint that a training run of this package left: what the run is judged by, which is the moving average of the
+    parameters where it keeps one. An array that is not what was written is refused as it is read."""
+    folder = workdir / "checkpoints"
+    steps = sorted((int(step.name), step) for step in folder.iterdir() if step.name.isdecimal())
     if not steps:
-        raise FormatError(f"{workdir / 'checkpoints'}: no checkpoint in it yet")
-    newest = steps[-1][1]
-    stamp = newest / "stamp" / "metadata"
-    if not stamp.is_file() or not (newest / "parameters").is_dir():
-        raise FormatError(f"{newest}: no stamp or no parameters in it; not written by this package's training")
-    tensors, _, _ = _orbax(newest / "parameters")
-    return tensors, (newest,), safetensors.json_object(stamp.read_bytes(), stamp)
+        raise FormatError(f"{folder}: no checkpoint in it yet")
+    whole = [step for _, step in steps if (step / "stamp" / "metadata").is_file() and (step / "parameters").is_dir()]
+    if not whole:
+        raise FormatError(f"{steps[-1][1]}: no stamp or no parameters in it; not written by this package's training")
+    newest, stamp, written = whole[-1], *(whole[-1] / name / "metadata" for name in ("stamp", "fingerprints"))
+    about = safetensors.json_object(stamp.read_bytes(), stamp)
+    numbers = safetensors.json_object(written.read_bytes(), written) if written.is_file() else {}
+    average = about.get("experiment", {}).get("optimizer", {}).get("average", 0)
+    item = "optimizer" if average else "parameters"
+    tensors = {
+        name: _as_written(tensor, numbers.get(f"{item}/{name}")) for name, tensor in _orbax(newest / item)[0].items()
+    }
+    if average:
+        tensors = {name.partition("/average/")[2]: tensor for name, tensor in tensors.items() if "/average/" in name}
+    return tensors, (newest,), about
+
+
+def _as_written(tensor: Tensor, number: Any) -> Tensor:
+    """A tensor that is refused, when it is read, where it has another fingerprint. Checkpoints of the first format have none."""
+
+    def read() -> np.ndarray:
+        value = tensor.read()
+        if number is not None and fingerprints.of_host_array(value) != number:
+            raise FormatError(
+                f"{tensor.file}: {tensor.name} is not what was written; without {tensor.file.parent} the one before is taken"
+            )
+        return value
+
+    return dataclasses.replace(tensor, read=read)
 
 
 READERS: dict[str, Callable[[pathlib.Path], Contents]] = {

@@ -5,6 +5,7 @@ LayerScale, is a buffer, or is known to be beside all main branches. What the na
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -145,6 +146,10 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 < value < 1 << 31
 
 
+HEADS = ("n_head", "num_heads", "num_attention_heads", "encoder_attention_heads", "decoder_attention_heads", "n_heads")
+"""How configs call the number of heads, which no tensor tells."""
+
+
 def _check_types(config: Mapping[str, Any], architecture: Architecture, file: pathlib.Path) -> None:
     """What is read of config.json is what it should be, where it is there."""
     expected: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -161,10 +166,25 @@ def _check_types(config: Mapping[str, Any], architecture: Architecture, file: pa
         )
         if isinstance(stream.eps, str):
             expected[stream.eps] = ("a number above 0", lambda value: isinstance(value, int | float) and 0 < value < 1)
+        expected |= _heads(config, stream)
     for key, (words, holds) in expected.items():
         value = _of(config, key)
         if value is not None and not holds(value):
             raise RefusedError(f"{file}: {key} is {str(value)[:80]!r}; expected {words}")
+
+
+def _heads(config: Mapping[str, Any], stream: Stream) -> dict[str, tuple[str, Callable[[Any], bool]]]:
+    """What a stream's number of heads is, under each of its names."""
+    within = stream.width.rpartition(".")[0] + "." if stream.width and "." in stream.width else ""
+    width = _of(config, stream.width) if stream.width else None
+    if width is None or not _is_size(width) or _of(config, f"{within}head_dim") is not None:
+        return dict.fromkeys((within + name for name in HEADS), ("a positive integer", _is_size))
+    holds = functools.partial(_divides, width)
+    return dict.fromkeys((within + name for name in HEADS), (f"a divisor of {stream.width} = {width}", holds))
+
+
+def _divides(width: int, value: Any) -> bool:
+    return _is_size(value) and width % value == 0
 
 
 def _canonical(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:

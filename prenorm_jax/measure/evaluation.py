@@ -29,17 +29,20 @@ def evaluate_checkpoint(workdir: pathlib.Path, forms: tuple[str, ...] = (), best
 
     Raises: FileNotFoundError without a checkpoint; ConfigError for an unknown form, and for the best of none.
     """
-    chosen = _forms(forms)
+    chosen, loaded = _forms(forms), _loaded(workdir, best)
+    experiment, config, average = loaded.experiment, loaded.experiment.model, loaded.experiment.optimizer.average
+    judged = f"; judged is the moving average of its weights (config.optimizer.average = {average})" if average else ""
+    print(f"{workdir}, step {loaded.step}: {config.norm}, trained in {loaded.coordinates} coordinates{judged}")
+    return evaluate_params(experiment, loaded.params, workdir, chosen)
+
+
+def _loaded(workdir: pathlib.Path, best: bool) -> checkpoints.Loaded:
     step = checkpoints.best(workdir) if best else None
     if best and step is None and checkpoints.latest(workdir):
         raise ConfigError(
             f"--best: no checkpoint of {workdir} has an evaluation; allowed: without --best, or a run with train.keep_best"
         )
-    loaded = checkpoints.load(workdir, step=step)
-    experiment, config, average = loaded.experiment, loaded.experiment.model, loaded.experiment.optimizer.average
-    judged = f"; judged is the moving average of its weights (config.optimizer.average = {average})" if average else ""
-    print(f"{workdir}, step {loaded.step}: {config.norm}, trained in {loaded.coordinates} coordinates{judged}")
-    return evaluate_params(experiment, loaded.params, workdir, chosen)
+    return checkpoints.load(workdir, step=step)
 
 
 def evaluate_import(experiment: Experiment, workdir: pathlib.Path, forms: tuple[str, ...] = ()) -> list[str]:
@@ -111,13 +114,16 @@ def _report(experiment: Experiment, params: Tree) -> equivalence.Report:
     return equivalence.compare(experiment.model, params, np.asarray(batch["inputs"]), loss)
 
 
-def write_text(workdir: pathlib.Path, prompt: str, new_tokens: int, temperature: float, top_k: int | None) -> str:
-    """The prompt and its continuation by a checkpoint of a byte-level GPT. Raises ConfigError for another model."""
+def write_text(
+    workdir: pathlib.Path, prompt: str, new_tokens: int, temperature: float, top_k: int | None, best: bool = False
+) -> str:
+    """The prompt and its continuation by a checkpoint of a byte-level GPT: the newest, or the best on disk. Raises ConfigError for another
+    model."""
     try:
         written = np.frombuffer(prompt.encode(), np.uint8)
     except UnicodeEncodeError:
         raise ConfigError(f"--prompt: got {prompt!r}; allowed: text") from None
-    loaded = checkpoints.load(workdir)
+    loaded = _loaded(workdir, best)
     config = loaded.experiment.model
     if not isinstance(config, GPTConfig) or config.vocab_size != 256:
         raise ConfigError(f"--prompt: got a checkpoint of {loaded.experiment.data.name}; allowed: a byte-level GPT")

@@ -73,8 +73,9 @@ class Transformer:
 
     def __post_init__(self) -> None:
         for field in ("width", "depth", "heads", "mlp_width"):
-            value = getattr(self, field)
-            require(isinstance(value, int) and value > 0, f"model.{field}", value, "an integer > 0")
+            require(
+                _is_count(getattr(self, field)), f"model.{field}", getattr(self, field), "an integer > 0, below 2**31"
+            )
         require(self.width >= 2, "model.width", self.width, "at least 2")
         require(self.width % self.heads == 0, "model.heads", self.heads, f"a divisor of model.width = {self.width}")
         require_one_of("model.norm", self.norm, NORMS)
@@ -138,8 +139,9 @@ class ViTConfig(Transformer):
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("image_size", "patch_size", "channels", "classes"):
-            value = getattr(self, field)
-            require(isinstance(value, int) and value > 0, f"model.{field}", value, "an integer > 0")
+            require(
+                _is_count(getattr(self, field)), f"model.{field}", getattr(self, field), "an integer > 0, below 2**31"
+            )
         require(
             self.image_size % self.patch_size == 0,
             "model.patch_size",
@@ -226,14 +228,19 @@ class GPTConfig(Transformer):
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("context", "vocab_size", "vocab_multiple"):
-            value = getattr(self, field)
-            require(isinstance(value, int) and value > 0, f"model.{field}", value, "an integer > 0")
+            require(
+                _is_count(getattr(self, field)), f"model.{field}", getattr(self, field), "an integer > 0, below 2**31"
+            )
         self._require_bools("tied", "head_bias")
 
     @property
     def padded_vocab(self) -> int:
         """V: vocab_size rounded up to a multiple of vocab_multiple, so that the matrix units run at full speed."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
 def _shape(width: int, depth: int, heads: int, mlp_width: int | None = None) -> dict[str, int]:

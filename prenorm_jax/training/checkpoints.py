@@ -20,6 +20,7 @@ from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training import charts, items, keeping
 from prenorm_jax.training.experiment import Experiment, as_tree, differences, read_experiment
 from prenorm_jax.training.optimizer import make_optimizer
+from prenorm_jax.training.platforms import require_float64
 from prenorm_jax.training.step import Params, State, abstract_state, judged_params
 
 Result = TypeVar("Result")
@@ -79,7 +80,7 @@ def refuse_other_model(workdir: pathlib.Path, experiment: Experiment) -> list[st
     if found is None:
         return []
     # Read and written once more, a checkpoint of an earlier version has today's fields at their defaults.
-    then = read_experiment(found[1]["experiment"])
+    then = _experiment(found[1], workdir, found[0])
     charts.refuse(workdir, then, experiment)
     before, now = as_tree(then), as_tree(experiment)
     sections = [name for name in now if name not in ("task", "compare", "estimate")]
@@ -97,7 +98,8 @@ def load(workdir: pathlib.Path, into: Experiment | None = None, step: int | None
 
     def read(manager: ocp.CheckpointManager, step: int) -> Loaded:
         found = items.read_stamp(manager, step)
-        experiment = read_experiment(found["experiment"])
+        experiment = _experiment(found, workdir, step)
+        require_float64(experiment.model)
         coordinates, settings = experiment.train.coordinates, experiment.optimizer
         expected = abstract_state(experiment.model, make_optimizer(settings, experiment.train.steps), coordinates)
         wanted = {"parameters": expected.params, **({"optimizer": expected.opt_state} if settings.average else {})}
@@ -112,6 +114,16 @@ def load(workdir: pathlib.Path, into: Experiment | None = None, step: int | None
     if loaded is None:
         raise FileNotFoundError(f"no checkpoint {'' if step is None else f'{step} '}in {folder(workdir)}")
     return loaded
+
+
+def _experiment(stamp: Mapping[str, Any], workdir: pathlib.Path, step: int) -> Experiment:
+    """The experiment of a stamp. Raises ConfigError where this version can't read it."""
+    try:
+        return read_experiment(stamp["experiment"])
+    except ConfigError as error:
+        raise ConfigError(
+            f"checkpoint {step} of {workdir}: written by prenorm_jax {stamp.get('prenorm_jax')}, this is {prenorm_jax.__version__}: {error}"
+        ) from None
 
 
 def _read(

@@ -36,6 +36,7 @@ from prenorm_jax.training.experiment import Experiment, Mesh, Train, as_tree, re
 from prenorm_jax.training.results import save_beside
 
 DEPTHS = (2, 4)
+KEPT = ("JAX_ENABLE_X64",)  # of the environment's settings of JAX, in the process that compiles
 TITLES = ("model", "data x fsdp x tensor", "batch", "state", "kept", "memory", "TFLOP", "exchanged", "whole")
 
 
@@ -43,11 +44,16 @@ def of(experiment: Experiment) -> str:
     """The table for an experiment: its mesh, and other meshes of as many devices. Raises ConfigError where the mesh can't be."""
     import jax
 
+    from prenorm_jax.training import sharding
+
     asked = experiment.mesh
     others = asked.fsdp * asked.tensor
     devices = asked.data * others or max(jax.device_count(), others)
     require(devices % others == 0, "config.mesh", f"fsdp x tensor = {others}", f"a divisor of the {devices} devices")
     first = dataclasses.replace(asked, data=devices // others)
+    # An estimate evaluates nothing, so its batch needn't come out even.
+    whole = dataclasses.replace(experiment.train, eval_batch_size=first.data * first.fsdp)
+    sharding.require_splits(dataclasses.replace(experiment, train=whole), dataclasses.asdict(first))
     meshes = [first, *(mesh for mesh in candidates(experiment, devices) if mesh != first)]
     return table([row for mesh in meshes for row in rows(dataclasses.replace(experiment, mesh=mesh))])
 
@@ -73,7 +79,7 @@ def rows(experiment: Experiment) -> list[dict[str, Any]]:
     count = mesh.data * mesh.fsdp * mesh.tensor
     flags = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
     environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "JAX_"))},
+        **{key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "JAX_")) or key in KEPT},
         "XLA_FLAGS": f"{flags} --xla_llvm_disable_expensive_passes=true",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(pathlib.Path(__file__).parents[2]), *sys.path])),

@@ -207,6 +207,10 @@ class Train:
             self.profile,
             "FIRST:END, as in 10:13 for steps 10, 11 and 12",
         )
+        if traced:
+            require(
+                int(traced[1]) <= self.steps, "train.profile", self.profile, f"steps up to {self.steps}, train.steps"
+            )
         for field in ("label_smoothing", "stochastic_depth"):
             require(0 <= getattr(self, field) < 1, f"train.{field}", getattr(self, field), "0 or more, below 1")
         require(

@@ -98,7 +98,13 @@ def class_numbers(folders: list[str], names: Mapping[str, int], classes: int, ba
     if folders and all(name in names for name in folders):
         return {name: names[name] for name in folders}
     if folders and all(name.isdecimal() and int(name) < classes for name in folders):
-        return {name: int(name) for name in folders}
+        numbers = {name: int(name) for name in folders}
+        if len(set(numbers.values())) < len(numbers):
+            twice = next(name for name in folders if sum(int(name) == other for other in numbers.values()) > 1)
+            raise DataError(
+                f"{base}: another folder is number {int(twice)}, as {twice} is; expected one folder for each class"
+            )
+        return numbers
     if len(folders) == classes:
         return {name: index for index, name in enumerate(sorted(folders))}
     raise DataError(

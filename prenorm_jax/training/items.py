@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from prenorm_jax.fingerprints import fingerprints, of_text
 from prenorm_jax.models.config import ConfigError
-from prenorm_jax.training.fingerprints import fingerprints, of_text
 
 FORMAT = 2
 FORMATS = (1, 2)  # that can be read; 1 has no fingerprints

@@ -1,6 +1,7 @@
 """The one training loop: resume, train, evaluate, checkpoint, and the summary at the end."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -22,6 +23,7 @@ from prenorm_jax.training.lock import locked
 from prenorm_jax.training.log import Log
 from prenorm_jax.training.lost import lost_processes_told
 from prenorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from prenorm_jax.training.platforms import require_platform
 from prenorm_jax.training.profile import Profile
 from prenorm_jax.training.step import (
     Params,
@@ -58,11 +60,11 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
     require(
         experiment.model.norm != "no_norm", "config.model.norm", "no_norm", "a norm: no_norm is a control for timing"
     )
-    _require_platform(experiment.model)
+    require_platform(experiment.model)
     boards.require_libraries(experiment)
     changed = checkpoints.refuse_other_model(workdir, experiment)
     splits = data.load(experiment)
-    run = _Run(experiment, splits)
+    run = _Run(experiment, splits, begins=checkpoints.latest(workdir) is None)
     batches = data.train_batches(splits.train, experiment.data, experiment.train.batch_size, *sharding.share(run.mesh))
 
     with full_disks_told(workdir), removed_workdirs_told(workdir), contextlib.ExitStack() as stack:
@@ -74,7 +76,9 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
         restored = saved.restore(run.initial_state(), batches)
         start, settings = int(restored.state.step), experiment.train
         _announce(console, experiment, workdir, restored, splits, changed)
-        if first:
+        # Of a finished run nothing is written anew: its record is of what it was trained with, whatever it is started with now.
+        ends = start < settings.steps
+        if first and (ends or not (workdir / "config.json").exists()):
             (workdir / "config.json").write_text(json.dumps(as_tree(experiment), indent=2) + "\n")
         rows = metrics.Metrics(workdir, start, experiment) if first else metrics.Nowhere()
         written = stack.enter_context(rows)
@@ -85,7 +89,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
         interrupts = stack.enter_context(Interrupts())
         with lost_processes_told():  # before anything is closed that would wait for it
             state = run.steps(restored.state, batches, saved, log, guard, profile, interrupts)
-        if first:
+        if first and (ends or not (workdir / "summary.json").exists()):
             summary.write(workdir, experiment)
     return judged_params(state)
 
@@ -93,7 +97,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
 class _Run:
     """The compiled functions of one experiment, and the order in which the loop calls them."""
 
-    def __init__(self, experiment: Experiment, splits: data.Splits) -> None:
+    def __init__(self, experiment: Experiment, splits: data.Splits, *, begins: bool = True) -> None:
         model, settings = experiment.model, experiment.train
         self.experiment, self.splits = experiment, splits
         self.task: Task = task_of(experiment)
@@ -114,11 +118,14 @@ class _Run:
         # All at once: a schedule asked step by step would queue its arithmetic behind the training step on the device.
         schedule = learning_rate_schedule(experiment.optimizer, settings.steps)
         self.learning_rates = np.asarray(jax.vmap(schedule)(np.arange(settings.steps)))
-        self._begins_with = initial_params(experiment) if settings.init_from else None
+        # A run that goes on needs nothing of what it began with.
+        self._begins_with = initial_params(experiment) if settings.init_from and begins else None
 
     def initial_state(self) -> State:
         """The state before the first step, each leaf made where the mesh has it."""
-        experiment = self.experiment
+        experiment = dataclasses.replace(
+            self.experiment, train=dataclasses.replace(self.experiment.train, init_from="")
+        )
         expected = abstract_state(experiment.model, self.tx, experiment.train.coordinates)
         places = sharding.state_shardings(expected, experiment.model, self.tx, self.mesh)
         if self._begins_with is None:
@@ -202,18 +209,6 @@ def _make(workdir: pathlib.Path) -> None:
         raise ConfigError(
             f"--workdir: cannot make {workdir} ({error.strerror}); allowed: a folder that can be written"
         ) from error
-
-
-def _require_platform(model: models.ViTConfig | models.GPTConfig) -> None:
-    """What would fail, or be something else, on the devices of this process."""
-    platform, wide = jax.default_backend(), jax.config.read("jax_enable_x64")
-    for field in ("dtype", "param_dtype"):
-        given = getattr(model, field)
-        allowed = "float32 or bfloat16, or JAX_ENABLE_X64=1 in the environment"
-        require(wide or given != "float64", f"config.model.{field}", given, allowed)
-    if platform == "cpu":
-        require(model.dtype != "float16", "config.model.dtype", model.dtype, "float32 or bfloat16 on cpu")
-        require(model.attention in ("auto", "xla"), "config.model.attention", model.attention, "auto or xla on cpu")
 
 
 def _announce(

@@ -141,6 +141,8 @@ class Pictures:
         mode = "RGB" if self.shape[2] == 3 else "L"
         if image.mode.startswith("I;16"):  # Pillow would cut values off at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("F", "I"):  # Pillow would cut them off as well, and what is white in them nobody says
+            raise ValueError(f"its pixels are {image.mode!r}, numbers without a range; expected 8 or 16 bits a channel")
         rng = None if seed is None else np.random.Generator(np.random.PCG64(seed))
         if rng is not None and self.augmentation is not None:
             pixels = self.augmentation(image, mode, rng)

@@ -162,6 +162,8 @@ def _lines(path: pathlib.Path, limit: int) -> Iterator[Piece]:
 
 def vocabulary(tokenizer: pathlib.Path | None, end: str) -> Vocabulary:
     """Bytes, or what a tokenizer.json says; `end` is the text of what stands behind each document. Raises: DataError."""
+    if any("\ud800" <= sign <= "\udfff" for sign in end):
+        raise DataError(f"--end: got {end!r}; expected text")
     if tokenizer is None:
         return Vocabulary(lambda texts: [list(text.encode()) for text in texts], 256, list(end.encode()), "bytes")
     read = read_tokenizer(tokenizer)
@@ -206,6 +208,9 @@ def main(arguments: list[str]) -> int:
     except DataError as error:
         print(f"prenorm_jax.training.prepare: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prenorm_jax.training.prepare: interrupted; nothing was written", file=sys.stderr)
+        return 130
     for side in ("train", "val"):
         print(f"{given.out / side}.bin: {about[side]['tokens']:,} tokens of {about['vocab_size']}, {about['dtype']}")
     return 0

@@ -13,11 +13,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from prenorm_jax import models
+from prenorm_jax.fingerprints import fingerprints, of_text
 from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training import charts, disk, items, keeping
 from prenorm_jax.training.checkpoints import arrays_of, folder, none_readable, stamp
 from prenorm_jax.training.experiment import Experiment, read_experiment
-from prenorm_jax.training.fingerprints import fingerprints, of_text
 from prenorm_jax.training.lost import ProcessLost
 from prenorm_jax.training.step import State
 

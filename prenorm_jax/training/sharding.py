@@ -10,6 +10,7 @@ Vectors are whole along "fsdp": all of them are a thousandth of the weights, and
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -99,9 +100,15 @@ def make_mesh(settings: Mesh, devices: list[Any] | None = None) -> jax.sharding.
 def mesh_of(experiment: Experiment) -> jax.sharding.Mesh:
     """The mesh that an experiment asks for. Raises ConfigError where its model or its batches can't be split so."""
     mesh = make_mesh(experiment.mesh)
-    heads, tensor = experiment.model.heads, mesh.shape[TENSOR]
+    require_splits(experiment, dict(mesh.shape))
+    return mesh
+
+
+def require_splits(experiment: Experiment, sizes: Mapping[str, int]) -> None:
+    """Raises ConfigError where an experiment's model or its batches can't be split over a mesh of these axis sizes."""
+    heads, tensor = experiment.model.heads, sizes[TENSOR]
     require(heads % tensor == 0, "config.mesh.tensor", tensor, f"a divisor of config.model.heads = {heads}")
-    parts, settings = mesh.shape[DATA] * mesh.shape[FSDP], experiment.train
+    parts, settings = sizes[DATA] * sizes[FSDP], experiment.train
     for field, rows, of in (
         ("batch_size", settings.batch_size // settings.accumulate, " / train.accumulate"),
         ("eval_batch_size", settings.eval_batch_size, ""),
@@ -112,7 +119,6 @@ def mesh_of(experiment: Experiment) -> jax.sharding.Mesh:
             rows,
             f"a multiple of mesh.data x mesh.fsdp = {parts}; or fewer devices, with config.mesh.data=N",
         )
-    return mesh
 
 
 def spec_of(path: str, shape: tuple[int, ...], model: Config, sizes: Any) -> PartitionSpec:

@@ -61,7 +61,18 @@ def open_tokens(path: pathlib.Path, token_dtype: str, vocab_size: int) -> TokenF
             raise DataError(
                 f"{path}: of a vocabulary of {about['vocab_size']}; expected at most config.model.vocab_size = {vocab_size}"
             )
+    if not about and dtype == "uint16" and _looks_wider(path, count):
+        raise DataError(
+            f"{path}: every second uint16 id is 0, as in a file of uint32; expected config.data.token_dtype as the file was written "
+            "(--config.data.token_dtype=uint32)"
+        )
     return TokenFile(path, dtype, count)
+
+
+def _looks_wider(path: pathlib.Path, count: int) -> bool:
+    """Whether the first ids of a uint16 file are the halves of small uint32 ones."""
+    first = np.fromfile(path, np.uint16, min(count, 4096))
+    return first.size >= 32 and not first[1::2].any() and bool(first[0::2].any())
 
 
 def _about(path: pathlib.Path) -> dict[str, Any]:

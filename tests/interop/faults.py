@@ -215,6 +215,8 @@ FAULTS: dict[str, Fault] = {
     "an untied head that is not there": Fault(
         config(tie_word_embeddings=False), "has no such tensor; one of the two is wrong"
     ),
+    "heads that don't divide": Fault(config(n_head=3), "n_head is '3'; expected a divisor of n_embd = "),
+    "no heads": Fault(config(n_head=0), "n_head is '0'; expected a divisor of n_embd = "),
     "text for a number": Fault(config(n_layer="many"), "n_layer is 'many'; expected a positive integer"),
     "a negative eps": Fault(config(layer_norm_epsilon=-1), "expected a number above 0"),
     "no model_type": Fault(config(model_type=None), "has no model_type"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import math
 import pathlib
 
@@ -13,9 +14,13 @@ import pytest
 import small_experiment as small
 
 from prenorm_jax import models
+from prenorm_jax.interop.formats import open_checkpoint
+from prenorm_jax.interop.importing import nested
+from prenorm_jax.interop.tensors import FormatError
 from prenorm_jax.measure import evaluation
 from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training import checkpoints, data, keeping, saving
+from prenorm_jax.training.experiment import read_experiment
 from prenorm_jax.training.optimizer import make_optimizer
 from prenorm_jax.training.step import State, init_state
 
@@ -190,6 +195,47 @@ def test_an_evaluation_judges_the_average_as_training_does_and_says_so(tmp_path,
         assert "judged is the moving average of its weights (config.optimizer.average = 0.5)" in capsys.readouterr().out
     for params in judged:
         assert_same(params, average)
+
+
+@pytest.mark.parametrize("average", [0.0, 0.5])
+def test_an_export_reads_what_is_judged_as_it_was_written(tmp_path, average):
+    experiment = small.experiment(tmp_path / "library")
+    experiment = dataclasses.replace(experiment, optimizer=dataclasses.replace(experiment.optimizer, average=average))
+    state, batches, _ = saved(tmp_path / "run", experiment)
+    if average:
+        opt_state = optax.tree.set(state.opt_state, average=jax.tree.map(lambda x: x - 3, state.params))
+        with saving.Checkpoints(tmp_path / "run", experiment) as manager:
+            manager.save(State(state.params, opt_state, jnp.int32(6)), batches, held_out={"loss": 1.0})
+    folder, judged = checkpoints.folder(tmp_path / "run"), checkpoints.load(tmp_path / "run").params
+    (folder / "7").mkdir()  # what is not whole is passed over
+    assert_same(nested(open_checkpoint(tmp_path / "run").read()), jax.tree.map(np.asarray, judged))
+    (folder / "7").rmdir()
+    newest = max((path for path in folder.iterdir()), key=lambda path: int(path.name))
+    numbers = json.loads((newest / "fingerprints" / "metadata").read_text())
+    (newest / "fingerprints" / "metadata").write_text(json.dumps({path: n + 1 for path, n in numbers.items()}))
+    with pytest.raises(FormatError, match=r"is not what was written; without .* the one before is taken"):
+        open_checkpoint(tmp_path / "run").read()
+
+
+def test_a_checkpoint_of_another_version_says_so(tmp_path, monkeypatch):
+    saved(tmp_path / "run", small.experiment(tmp_path / "library"))
+
+    def newer(stamp):
+        return {**stamp, "train": {**stamp["train"], "newfield": 1}}
+
+    monkeypatch.setattr(checkpoints, "read_experiment", lambda stamp: read_experiment(newer(stamp)))
+    with pytest.raises(
+        ConfigError, match=r"^checkpoint 5 of .*: written by prenorm_jax .*, this is .*: .*newfield: no such field"
+    ):
+        checkpoints.load(tmp_path / "run")
+
+
+def test_a_checkpoint_in_float64_asks_for_it(tmp_path, monkeypatch):
+    experiment = small.experiment(tmp_path / "library")
+    experiment = dataclasses.replace(experiment, model=dataclasses.replace(small.MODEL, param_dtype="float64"))
+    saved(tmp_path / "run", experiment)
+    with jax.enable_x64(False), pytest.raises(ConfigError, match="JAX_ENABLE_X64=1 in the environment"):
+        checkpoints.load(tmp_path / "run")
 
 
 def test_the_best_of_none_is_refused(tmp_path):

@@ -61,6 +61,10 @@ def test_a_mesh_that_can_not_be_is_one_line():
         ConfigError, match=r"config\.mesh: got 'fsdp x tensor = 3'; allowed: a divisor of the 8 devices"
     ):
         estimate.of(experiment(mesh=Mesh(fsdp=3)))
+    with pytest.raises(ConfigError, match=r"config\.mesh\.tensor: got 8; allowed: a divisor of config\.model\.heads"):
+        estimate.of(experiment(mesh=Mesh(data=1, tensor=8)))
+    with pytest.raises(ConfigError, match=r"config\.train\.batch_size: got .*; allowed: a multiple of mesh"):
+        estimate.of(experiment(mesh=Mesh(data=7)))
 
 
 def test_the_guides_figures_are_those_measured():

@@ -109,6 +109,16 @@ def test_a_finished_run_is_said_to_be_finished_and_trains_no_further(run):
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_finished_run_that_is_started_with_other_settings_keeps_its_record(run, tmp_path):
+    experiment, workdir, *_ = run
+    shutil.copytree(workdir, tmp_path / "run")
+    files = ("config.json", "summary.json", "summary.md")
+    before = [(tmp_path / "run" / name).read_bytes() for name in files]
+    other = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=8, seed=7))
+    assert "changed since that checkpoint: " in train(other, tmp_path / "run")[1]
+    assert [(tmp_path / "run" / name).read_bytes() for name in files] == before
+
+
 def test_rows_beyond_the_restored_step_are_dropped(run, tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [{"kind": "train", "step": step, "loss": 1.0} for step in range(1, 8)]

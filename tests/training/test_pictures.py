@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 import pickle
 
 import numpy as np
@@ -209,6 +210,24 @@ def test_sixteen_bits_a_pixel_are_as_bright_as_eight(tmp_path):
         names = [side.source.where(index).rpartition("/")[2] for index in range(len(side))]
         eight, sixteen = (side.batch(np.array([names.index(f"n01_{i}.png")]), None)["inputs"] for i in (0, 1))
         np.testing.assert_array_equal(sixteen, eight)
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("F", np.float32), ("I", np.int32)])
+def test_pixels_without_a_range_are_named(tmp_path, mode, dtype):
+    root = disk.write_tree(tmp_path)
+    for file in (root / "train" / "n01").iterdir():
+        file.unlink()
+    Image.fromarray(np.asarray(disk.picture(3).convert("L")).astype(dtype)).save(root / "train" / "n01" / "wide.tif")
+    train = data.load(experiment_on(root)).train
+    with pytest.raises(
+        DataError, match=rf"wide\.tif: its pixels are '{mode}', numbers without a range; expected 8 or 16 bits"
+    ):
+        train.batch(np.arange(len(train)), None)
+
+
+def test_two_folders_of_one_number_are_named():
+    with pytest.raises(DataError, match="another folder is number 1, as 01 is"):
+        image_folder.class_numbers(["01", "1", "2"], {}, 3, pathlib.Path("base"))
 
 
 def test_an_empty_folder_and_one_that_is_no_class_are_named(tmp_path):

@@ -15,10 +15,10 @@ import rich.console
 import small_experiment as small
 
 from prenorm_jax import models
+from prenorm_jax.fingerprints import fingerprint
 from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training import charts, checkpoints, data, items, loop, metrics
 from prenorm_jax.training.experiment import Experiment, Mesh
-from prenorm_jax.training.fingerprints import fingerprint
 
 # Where a file of a checkpoint can't be read, TensorStore's threads report to an event loop that Orbax has closed by then.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -362,6 +362,18 @@ def test_a_run_begins_with_the_parameters_of_another_in_its_own_coordinates(run,
     wider = changed(other, model={"mlp_width": 48})
     with pytest.raises(ConfigError, match=r"config.train.init_from: config.model.mlp_width: 32 -> 48"):
         loop._Run(wider, data.load(wider)).initial_state()
+
+
+def test_a_run_goes_on_without_what_it_began_with(run, tmp_path):
+    experiment, workdir, _ = run
+    shutil.copytree(workdir, tmp_path / "first")
+    begun = changed(experiment, train={"init_from": str(tmp_path / "first"), "steps": 4})
+    train(begun, tmp_path / "second")
+    shutil.rmtree(tmp_path / "first")
+    train(changed(begun, train={"steps": 6}), tmp_path / "second")
+    assert checkpoints.load(tmp_path / "second").step == 6
+    with pytest.raises(ConfigError, match=r"config\.train\.init_from: "):
+        train(begun, tmp_path / "third")
 
 
 def test_another_optimizer_is_refused_and_begins_anew_where_that_is_asked_for(run):

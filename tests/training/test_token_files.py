@@ -41,6 +41,16 @@ def test_files_as_nanogpt_writes_them_are_windows(tmp_path, dtype):
     np.testing.assert_array_equal(splits.held_out.batch(np.array([0]), None)["inputs"][0], ids[::-1][:6])
 
 
+def test_ids_of_32_bits_read_as_16_are_seen(tmp_path):
+    """They come out even, and all are in the vocabulary: twice as many, every second one 0."""
+    ids = np.random.default_rng(0).integers(256, size=100)
+    root = write_bins(tmp_path / "wide", ids, ids, np.uint32)
+    with pytest.raises(DataError, match=r"every second uint16 id is 0.*--config\.data\.token_dtype=uint32"):
+        load(root, 256)
+    load(root, 256, token_dtype="uint32")
+    load(write_bins(tmp_path / "zeros", 0 * ids, 0 * ids), 256)
+
+
 def test_windows_of_a_file_are_those_of_an_array(tmp_path):
     ids = np.random.default_rng(0).integers(256, size=100).astype(np.uint16)
     root = write_bins(tmp_path / "bins", ids, ids)

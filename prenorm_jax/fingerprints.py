@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def fingerprints(**trees: Any) -> dict[str, int]:
@@ -48,3 +49,14 @@ def fingerprint(leaf: jax.Array) -> jax.Array:
         stride = math.prod(bits.shape[axis + 1 :]) % 2**32
         place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride)
     return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
+def of_host_array(array: np.ndarray) -> int:
+    """The same number of a host array, of any dtype.
+
+    >>> of_host_array(np.ones(2, np.float32)), int(fingerprint(jnp.ones(2)))
+    (4261412864, 4261412864)
+    """
+    width = min(array.dtype.itemsize, 4)
+    bits = np.ascontiguousarray(array).reshape(-1).view(f"uint{8 * width}").astype(np.uint32)
+    return int(np.sum(bits * (2 * np.arange(bits.size, dtype=np.uint32) + np.uint32(1)), dtype=np.uint32))
