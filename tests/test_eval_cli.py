@@ -1,5 +1,6 @@
 """eval.py as a user runs it: a checkpoint of train.py in, the equivalence report and generated text out; bad input is one line."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -84,3 +85,17 @@ def test_text_longer_than_the_context_is_refused(workdir):
     assert done.returncode == 2
     assert "at most the context, 32" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("eval_py", ROOT / "eval.py")
+    eval_py = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(eval_py)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_py.evaluation, "evaluate_checkpoint", interrupted)
+    monkeypatch.setattr(eval_py, "use_compilation_cache", lambda: None)
+    assert eval_py.main(["--workdir=anywhere"]) == 130
+    assert capsys.readouterr().err == "eval.py: interrupted\n"

@@ -63,7 +63,7 @@ def test_a_width_of_one_and_a_width_without_sincos_positions_are_refused():
         (lambda: vit_config("X/16"), "model.variant's size: got 'X'; allowed: Ti, S, B, L, H, G"),
         (lambda: vit_config("B"), "model.variant's patch size: got ''; allowed: an integer, as in B/16"),
         (lambda: vit_config("B/x"), "model.variant's patch size: got 'x'; allowed: an integer, as in B/16"),
-        (lambda: vit_config("B/0"), "model.patch_size: got 0; allowed: an integer > 0"),
+        (lambda: vit_config("B/0"), "model.patch_size: got 0; allowed: an integer > 0, below 2**31"),
         (lambda: vit_config("B/15"), "model.patch_size: got 15; allowed: a divisor of model.image_size = 224"),
         (lambda: gpt_config("huge"), "model.size: got 'huge'; allowed: small, medium, large, xl, 2.7b, 6.7b, 13b"),
     ],

@@ -202,9 +202,21 @@ def test_lines_keep_their_ends(tmp_path):
     assert bytes(np.fromfile(tmp_path / "out" / "train.bin", np.uint16).astype(np.uint8)) == b"one\r\ntwo\rthree\n" * 50
 
 
+def test_an_interrupt_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    text_of(tmp_path, "a.txt")
+    monkeypatch.setattr(prepare, "_write", interrupted)
+    assert prepare.main([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "prenorm_jax.training.prepare: interrupted; nothing was written\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["a.txt", "--end", "\udcff"], "--end: got '\\udcff'; expected text"),
         (["nowhere"], "nowhere: expected a text file, a folder of .txt files"),
         (["broken.txt"], "cannot read broken.txt: 'utf-8' codec can't decode"),
         (["a.txt", "--val", "empty.txt"], "a.txt: no val text in it; give --val, or more text"),
