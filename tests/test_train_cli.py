@@ -47,6 +47,10 @@ MISTAKES = [
         [QUICKSTART, "--config.model.width=4000000000"],
         "config.model.width: got 4000000000; allowed: an integer > 0, below 2**31",
     ),
+    (
+        [QUICKSTART, "--config.data.root=there"],
+        "config.data.root: got 'there'; allowed: none for config.data.name = digits",
+    ),
     ([QUICKSTART, "--config.model.heads=5"], "config.model.heads: got 5; allowed: a divisor of model.width = 96"),
     ([QUICKSTART, "--config.model.patch_size=3"], "config.model.patch_size: got 3; allowed: a divisor of"),
     ([QUICKSTART, "--config.model.norm=post_ln"], "config.model.norm: got 'post_ln'; allowed: pre_ln, pre_rmsnorm"),

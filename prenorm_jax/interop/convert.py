@@ -20,7 +20,7 @@ import numpy as np
 
 from prenorm_jax.interop import safetensors
 from prenorm_jax.interop.card import card
-from prenorm_jax.interop.destination import destination
+from prenorm_jax.interop.destination import destination, lies_in
 from prenorm_jax.interop.formats import Checkpoint, open_checkpoint
 from prenorm_jax.interop.plan import Plan, RefusedError, make_plan
 from prenorm_jax.interop.streaming import converted, target_dtype
@@ -112,7 +112,7 @@ def write(
         raise RefusedError(
             f"{source}: has a {MANIFEST}, so it is converted already; convert the checkpoint that it was made from"
         )
-    if path.absolute().resolve().is_relative_to(source.absolute().resolve()):
+    if lies_in(path, source):
         raise RefusedError(f"{path}: lies in the source, which is left as it is; name another destination")
     with destination(path, total_bytes(plan, dtype)) as folder, ThreadPoolExecutor(threads) as pool:
         with contextlib.ExitStack() as open_files:

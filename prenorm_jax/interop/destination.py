@@ -53,6 +53,11 @@ def destination(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
             raise
 
 
+def lies_in(path: pathlib.Path, folder: pathlib.Path) -> bool:
+    """Whether a path is a folder or within it, through links and all."""
+    return path.absolute().resolve().is_relative_to(folder.absolute().resolve())
+
+
 @contextlib.contextmanager
 def _locked(file: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
     """Nobody else is in here with the same file, which goes with whoever holds it; the system frees it where that one is killed."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from prenorm_jax import models
 from prenorm_jax.interop import stored
+from prenorm_jax.interop.destination import lies_in
 from prenorm_jax.interop.families import FAMILIES
 from prenorm_jax.interop.formats import open_checkpoint
 from prenorm_jax.interop.importing import import_checkpoint
@@ -30,7 +31,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Imports, and says what it is now."""
+    """Imports, and says what it is now. Raises: ImportRefused for a workdir in the source."""
+    if chosen.source.is_dir() and lies_in(chosen.workdir, chosen.source):
+        raise ImportRefused(f"{chosen.workdir}: lies in the source, which is left as it is; name another folder")
     imported = import_checkpoint(
         chosen.source,
         family=chosen.family,

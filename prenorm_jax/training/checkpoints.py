@@ -134,20 +134,25 @@ def _read(
         return None
     options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
     damaged: dict[int, str] = {}
-    with ocp.CheckpointManager(folder(workdir), options=options) as manager:
-        for step in sorted(manager.all_steps(), reverse=True):
-            if wanted not in (None, step):
-                continue
-            try:
-                found = read(manager, step)
-            except items.NOT_DAMAGE:
-                raise
-            except Exception as error:
-                damaged[step] = items.in_a_line(error)
-                continue
-            for bad, why in damaged.items():
-                warnings.warn(f"{workdir}: checkpoint {bad} is damaged ({why}); read is {step}", stacklevel=3)
-            return found
+    while True:
+        with ocp.CheckpointManager(folder(workdir), options=options) as manager:
+            # A run that goes on removes old checkpoints: what could not be read may be gone, and a newer one be there.
+            steps = [step for step in sorted(manager.all_steps(), reverse=True) if wanted in (None, step)]
+            untried = [step for step in steps if step not in damaged]
+            for step in untried:
+                try:
+                    result = read(manager, step)
+                except items.NOT_DAMAGE:
+                    raise
+                except Exception as error:
+                    damaged[step] = items.in_a_line(error)
+                    continue
+                for bad, why in damaged.items():
+                    if bad in manager.all_steps(read=True):
+                        warnings.warn(f"{workdir}: checkpoint {bad} is damaged ({why}); read is {step}", stacklevel=3)
+                return result
+        if not untried:
+            break
     if damaged:
         raise ConfigError(none_readable(workdir, damaged))
     return None

@@ -285,6 +285,10 @@ class Experiment:
         for field, value in fixed.items():
             given = getattr(self.model, field)
             require(given == value, f"model.{field}", given, f"{value} for config.data.name = {self.data.name}")
+        if self.data.name == "digits":  # part of scikit-learn, with an augmentation of its own
+            for field, plain in (("root", ""), ("crop", "centre")):
+                given = getattr(self.data, field)
+                require(given == plain, f"data.{field}", given, f"{plain or 'none'} for config.data.name = digits")
         if self.task != "image_classification":
             require(
                 self.train.loss == "softmax", "train.loss", self.train.loss, f"softmax for config.task = {self.task}"

@@ -70,11 +70,13 @@ def list_pictures(base: pathlib.Path, numbers: Mapping[str, int]) -> Folders:
         if folder not in numbers:
             raise DataError(f"{base / folder}: no such class among the training pictures; expected the same folders")
         # A scan of names, with no look at each file: ImageNet's 1.28 million take seconds.
-        found = sorted(
-            os.fsencode(entry.name)
-            for entry in os.scandir(base / folder)
-            if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
-        )
+        entries = [entry for entry in os.scandir(base / folder) if not entry.name.startswith(".")]
+        within = next((entry.name for entry in entries if entry.is_dir()), None)
+        if within is not None:
+            raise DataError(
+                f"{base / folder / within}: a folder within a class; expected its pictures in {base / folder}"
+            )
+        found = sorted(os.fsencode(entry.name) for entry in entries if entry.name.lower().endswith(SUFFIXES))
         if not found:
             raise DataError(f"{base / folder}: no pictures in it; expected files with {', '.join(SUFFIXES)}")
         names += found

@@ -65,6 +65,10 @@ def test_the_commands_import_and_export_a_file_bit_for_bit(written, tmp_path, ca
     assert (said["size"], said["image_mean"]) == ({"height": 8, "width": 8}, [0.5] * 3)
     assert main(["import", str(file), str(tmp_path / "imported")]) == 2
     assert "exists" in capsys.readouterr().err
+    before = sorted((tmp_path / "back").rglob("*"))
+    assert main(["import", str(tmp_path / "back"), str(tmp_path / "back" / "within")]) == 2
+    assert "lies in the source, which is left as it is" in capsys.readouterr().err
+    assert sorted((tmp_path / "back").rglob("*")) == before
 
 
 def test_another_image_size_and_another_head_are_made_on_request(written):

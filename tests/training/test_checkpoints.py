@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -228,6 +229,23 @@ def test_a_checkpoint_of_another_version_says_so(tmp_path, monkeypatch):
         ConfigError, match=r"^checkpoint 5 of .*: written by prenorm_jax .*, this is .*: .*newfield: no such field"
     ):
         checkpoints.load(tmp_path / "run")
+
+
+def test_a_checkpoint_that_its_run_removes_while_it_is_read_gives_way_to_the_next(tmp_path, monkeypatch):
+    experiment = small.experiment(tmp_path / "library")
+    saved(tmp_path / "run", experiment, step=5)
+    saved(tmp_path / "later", experiment, step=6)
+    folder, read_stamp = checkpoints.folder(tmp_path / "run"), checkpoints.items.read_stamp
+
+    def overtaken(manager, step):
+        if (folder / "5").exists():
+            shutil.rmtree(folder / "5")
+            shutil.copytree(checkpoints.folder(tmp_path / "later") / "6", folder / "6")
+            raise ValueError("gone")
+        return read_stamp(manager, step)
+
+    monkeypatch.setattr(checkpoints.items, "read_stamp", overtaken)
+    assert checkpoints.load(tmp_path / "run").step == 6
 
 
 def test_a_checkpoint_in_float64_asks_for_it(tmp_path, monkeypatch):

@@ -225,6 +225,13 @@ def test_pixels_without_a_range_are_named(tmp_path, mode, dtype):
         train.batch(np.arange(len(train)), None)
 
 
+def test_a_folder_within_a_class_is_named(tmp_path):
+    root = disk.write_tree(tmp_path)
+    (root / "train" / "n01" / "more").mkdir()
+    with pytest.raises(DataError, match=r"n01/more: a folder within a class; expected its pictures in .*n01$"):
+        data.load(experiment_on(root))
+
+
 def test_two_folders_of_one_number_are_named():
     with pytest.raises(DataError, match="another folder is number 1, as 01 is"):
         image_folder.class_numbers(["01", "1", "2"], {}, 3, pathlib.Path("base"))
