@@ -369,7 +369,8 @@ def _ours(workdir: pathlib.Path) -> Contents:
     whole = [step for _, step in steps if (step / "stamp" / "metadata").is_file() and (step / "parameters").is_dir()]
     if not whole:
         raise FormatError(f"{steps[-1][1]}: no stamp or no parameters in it; not written by this package's training")
-    newest, stamp, written = whole[-1], *(whole[-1] / name / "metadata" for name in ("stamp", "fingerprints"))
+    newest = whole[-1]
+    stamp, written = newest / "stamp" / "metadata", newest / "fingerprints" / "metadata"
     about = safetensors.json_object(stamp.read_bytes(), stamp)
     numbers = safetensors.json_object(written.read_bytes(), written) if written.is_file() else {}
     average = about.get("experiment", {}).get("optimizer", {}).get("average", 0)

@@ -246,39 +246,49 @@ def _check_affines(probe: Probe, base: Flat, found: Resolved) -> None:
     """Folding gamma and beta into the readers, as the transforms do, changes no output; a factor alone would not tell them apart, nor the
     biases of two readers. A beta that a reader has no place for is 0."""
     reading = [(reader.kernel, reader.axis) for norm in found.norms for reader in norm.readers]
-    affines = [norm for norm in found.norms if norm.keep is None and (norm.scale or norm.bias)]
-    told_apart, folded = dict(base), {}
-    for norm in affines:
-        if any(reading.count((reader.kernel, reader.axis)) > 1 for reader in norm.readers):
-            continue  # behind several norms, each of which would be folded
-        placed = all(reader.bias and not reader.new_bias for reader in norm.readers)
-        one: Flat = {}
+    norms = [
+        norm
+        for norm in found.norms
+        # Behind several norms each of them would be folded into the reader.
+        if norm.keep is None and not norm.bare and all(reading.count((r.kernel, r.axis)) == 1 for r in norm.readers)
+    ]
+    told_apart = dict(base)
+    for norm in norms:
         if norm.scale:
             gamma = base[norm.scale]
             told_apart[norm.scale] = gamma * probe.random.uniform(0.5, 2.0, size=gamma.shape).astype(gamma.dtype)
-            one[norm.scale] = np.ones_like(gamma)
         if norm.bias:
             beta = base[norm.bias]
-            told_apart[norm.bias] = probe.random.normal(size=beta.shape).astype(beta.dtype) if placed else 0 * beta
-            one[norm.bias] = np.zeros_like(beta)
-        for reader in norm.readers:
-            kernel = base[reader.kernel]
-            if norm.bias and placed and reader.bias:
-                read = (along(told_apart[norm.bias], kernel, reader.axis) * kernel).sum(axis=reader.axis)
-                one[reader.bias] = one.get(reader.bias, base[reader.bias]) + read.reshape(base[reader.bias].shape)
-            if norm.scale:
-                one[reader.kernel] = kernel * along(told_apart[norm.scale], kernel, reader.axis)
-        folded[norm.name] = one
-    whole = {path: leaf for one in folded.values() for path, leaf in one.items()}
-    if not folded or not probe.is_finite(told_apart) or probe.moved({**told_apart, **whole}, told_apart) <= 1:
+            told_apart[norm.bias] = (probe.random.normal(size=beta.shape) * _has_place(norm)).astype(beta.dtype)
+    if not probe.is_finite(told_apart) or probe.moved(functools.reduce(_folded, norms, told_apart), told_apart) <= 1:
         return
-    for norm in affines:
-        if norm.name in folded and probe.moved({**told_apart, **folded[norm.name]}, told_apart) > 1:
-            biases = ", ".join(f"{reader.bias} of {reader.kernel}" for reader in norm.readers if reader.bias)
-            raise LayoutError(
-                f"{norm.name}: folding its scale ({norm.scale or 'none'}) and bias ({norm.bias or 'none'}) into its readers changes the "
-                f"function: are the two exchanged, or biases of its readers ({biases or 'none'})?"
-            )
+    norm = next((norm for norm in norms if probe.moved(_folded(told_apart, norm), told_apart) > 1), norms[0])
+    biases = ", ".join(f"{reader.bias} of {reader.kernel}" for reader in norm.readers if reader.bias)
+    raise LayoutError(
+        f"{norm.name}: folding its scale ({norm.scale or 'none'}) and bias ({norm.bias or 'none'}) into its readers changes the "
+        f"function: are the two exchanged, or biases of its readers ({biases or 'none'})?"
+    )
+
+
+def _has_place(norm: NormLeaves) -> bool:
+    """Whether the tree has a bias of each of a norm's readers."""
+    return all(reader.bias and not reader.new_bias for reader in norm.readers)
+
+
+def _folded(flat: Flat, norm: NormLeaves) -> Flat:
+    """The tree with a norm's scale and bias in its readers."""
+    folded = dict(flat)
+    for reader in norm.readers:
+        kernel = flat[reader.kernel]
+        if norm.bias and reader.bias and _has_place(norm):
+            read = (along(flat[norm.bias], kernel, reader.axis) * kernel).sum(axis=reader.axis)
+            folded[reader.bias] = folded[reader.bias] + read.reshape(folded[reader.bias].shape)
+        if norm.scale:
+            folded[reader.kernel] = kernel * along(flat[norm.scale], kernel, reader.axis)
+    for path, value in ((norm.scale, 1), (norm.bias, 0)):
+        if path is not None:
+            folded[path] = np.full_like(flat[path], value)
+    return folded
 
 
 def _check_converted(probe: Probe, base: Flat, found: Resolved, converted: Callable[..., Any]) -> None:

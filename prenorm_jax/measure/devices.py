@@ -50,7 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "buckets": _buckets(2**25),
     "small-buckets": _buckets(2**23),
     "tiny-buckets": _buckets(2**21),
-    # The default on several devices (step.MESH_OPTIONS), in two parts.
+    # Parts of what step.MESH_OPTIONS and step.BETWEEN_HOSTS have: gradients summed where they lie, a layer of ViT-B's at a time.
     "in-place": {"xla_disable_hlo_passes": "all-reduce-contiguous"},
     "layer-buckets": _buckets(2**24),
     # As XLA does it by itself: gradients are copied into one buffer and summed there.

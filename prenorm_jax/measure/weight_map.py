@@ -227,17 +227,17 @@ def main(arguments: list[str]) -> int:
     windows = {"warmup_steps": given.warmup_steps, "window_steps": given.window_steps, "windows": given.windows}
     result = measure_steps(config, given.batch, threads=given.threads, **windows)
     if given.json:  # before the maps, each of which has to be compiled
-        written(result, given.json)
+        save(result, given.json)
     baseline_ms = result["steps"][BASELINE]["ms"]
     result["maps"] = measure_maps(config, baseline_ms, threads=given.threads, **windows)
     print(table(result))
     if given.json:
-        written(result, given.json)
+        save(result, given.json)
         print(f"written: {given.json}")
     return 0
 
 
-def written(result: dict[str, Any], path: pathlib.Path) -> None:
+def save(result: dict[str, Any], path: pathlib.Path) -> None:
     """Writes a result as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")

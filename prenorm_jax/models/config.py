@@ -72,10 +72,7 @@ class Transformer:
     remat_saves: str = "nothing"
 
     def __post_init__(self) -> None:
-        for field in ("width", "depth", "heads", "mlp_width"):
-            require(
-                _is_count(getattr(self, field)), f"model.{field}", getattr(self, field), "an integer > 0, below 2**31"
-            )
+        self._require_counts("width", "depth", "heads", "mlp_width")
         require(self.width >= 2, "model.width", self.width, "at least 2")
         require(self.width % self.heads == 0, "model.heads", self.heads, f"a divisor of model.width = {self.width}")
         require_one_of("model.norm", self.norm, NORMS)
@@ -90,6 +87,12 @@ class Transformer:
         require_one_of("model.attention", self.attention, ATTENTIONS)
         require_one_of("model.remat_saves", self.remat_saves, REMAT_SAVES)
         self._require_bools("scan_layers", "unroll", "remat", "bias", "qkv_bias", "layer_scale")
+
+    def _require_counts(self, *fields: str) -> None:
+        for field in fields:
+            value = getattr(self, field)
+            counts = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+            require(counts, f"model.{field}", value, "an integer > 0, below 2**31")
 
     def _require_bools(self, *fields: str) -> None:
         for field in fields:
@@ -138,10 +141,7 @@ class ViTConfig(Transformer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("image_size", "patch_size", "channels", "classes"):
-            require(
-                _is_count(getattr(self, field)), f"model.{field}", getattr(self, field), "an integer > 0, below 2**31"
-            )
+        self._require_counts("image_size", "patch_size", "channels", "classes")
         require(
             self.image_size % self.patch_size == 0,
             "model.patch_size",
@@ -227,20 +227,13 @@ class GPTConfig(Transformer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("context", "vocab_size", "vocab_multiple"):
-            require(
-                _is_count(getattr(self, field)), f"model.{field}", getattr(self, field), "an integer > 0, below 2**31"
-            )
+        self._require_counts("context", "vocab_size", "vocab_multiple")
         self._require_bools("tied", "head_bias")
 
     @property
     def padded_vocab(self) -> int:
         """V: vocab_size rounded up to a multiple of vocab_multiple, so that the matrix units run at full speed."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
 def _shape(width: int, depth: int, heads: int, mlp_width: int | None = None) -> dict[str, int]:

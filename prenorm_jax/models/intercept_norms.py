@@ -118,9 +118,8 @@ class _Interceptor:
         seen = tuple(map(id, flat.values()))
         if self.recentered and seen != self.seen and not any(isinstance(a, jax.core.Tracer) for a in flat.values()):
             require_recentered(params, self.spec, stored=jnp.bfloat16)
-            self.seen = (
-                seen if all(isinstance(leaf, jax.Array) for leaf in flat.values()) else ()
-            )  # others can be overwritten
+            immutable = all(isinstance(leaf, jax.Array) for leaf in flat.values())
+            self.seen = seen if immutable else ()
 
     def _norm(self, module: nn.Module, rule: Norm, where: str, x: Array, *, mask: Array | None = None) -> Array:
         require_plain(module, self.norm_classes, nn.LayerNorm, where)

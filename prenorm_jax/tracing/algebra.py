@@ -12,7 +12,15 @@ from typing import Any
 
 from prenorm_jax.tracing import polynomials as P
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import Axes, is_float, is_var, names, scalar_value, shape_of
+from prenorm_jax.tracing.jaxprs import (
+    Axes,
+    is_float,
+    is_var,
+    name_of,
+    names,
+    scalar_value,
+    shape_of,
+)
 from prenorm_jax.tracing.rules import ConstantAlong
 
 FREE = -1
@@ -58,7 +66,7 @@ class Algebra:
 
     def polynomial(self, eqn: Any) -> Term | None:
         """What an equation computes, if that is a polynomial; None otherwise."""
-        name, args = eqn.primitive.name, eqn.invars
+        name, args = name_of(eqn), eqn.invars
         if name in ARITHMETIC:
             return self._arithmetic(eqn)
         if not is_var(args[0]) or args[0] not in self.tracked or not is_float(args[0]):
@@ -78,7 +86,7 @@ class Algebra:
         return None
 
     def _arithmetic(self, eqn: Any) -> Term | None:
-        name, args = eqn.primitive.name, list(eqn.invars)
+        name, args = name_of(eqn), list(eqn.invars)
         power = 2 if name == "square" else eqn.params.get("y") if name == "integer_pow" else None
         if name == "pow":
             power = scalar_value(args.pop())
@@ -159,7 +167,7 @@ class Algebra:
     def _root(self, atom: Any, dims: Dims) -> tuple[Any, Dims]:
         while is_var(atom) and atom in self.flow.definer and atom not in self.tracked:
             eqn, _ = self.flow.definer[atom]
-            name = eqn.primitive.name
+            name = name_of(eqn)
             if name == "convert_element_type" and is_float(eqn.invars[0]):
                 atom = eqn.invars[0]
             elif name == "broadcast_in_dim":
@@ -204,7 +212,7 @@ class Algebra:
 
     def _moved(self, dims: Dims, eqn: Any) -> Dims | None:
         """The axes of x that a reshaped or transposed value runs along; None where that is no longer axis by axis."""
-        shape, new, name = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0]), eqn.primitive.name
+        shape, new, name = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0]), name_of(eqn)
         if name == "squeeze":
             return tuple(a for k, a in enumerate(dims) if k not in eqn.params["dimensions"])
         if name == "transpose":

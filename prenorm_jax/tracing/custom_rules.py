@@ -20,7 +20,17 @@ import numpy as np
 
 from prenorm_jax.tracing.float64 import evaluate64
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import Program, bind, bodies_in, is_float, is_var, names, shape_of, sub_program
+from prenorm_jax.tracing.jaxprs import (
+    Program,
+    bind,
+    bodies_in,
+    is_float,
+    is_var,
+    name_of,
+    names,
+    shape_of,
+    sub_program,
+)
 from prenorm_jax.tracing.normal_form import normalize
 from prenorm_jax.tracing.shift import Shifts
 from prenorm_jax.tracing.sites import find_sites
@@ -119,8 +129,8 @@ def _strange(program: Program, what: str) -> str:
         if not any(is_var(a) and a in depends for a in eqn.invars):
             continue
         depends.update(eqn.outvars)
-        if eqn.primitive.name not in ANALYTIC or not all(map(is_float, (*eqn.invars, *eqn.outvars))):
-            return f"{what} uses {eqn.primitive.name}, so it is not analytic"
+        if name_of(eqn) not in ANALYTIC or not all(map(is_float, (*eqn.invars, *eqn.outvars))):
+            return f"{what} uses {name_of(eqn)}, so it is not analytic"
     return ""
 
 

@@ -16,7 +16,17 @@ from prenorm_jax.tracing import linear_rules  # noqa: F401  (it registers its ru
 from prenorm_jax.tracing import polynomials as P
 from prenorm_jax.tracing.algebra import MOVES, Algebra, Dims, Tracked
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import Axes, custom_name, has_side_effect, is_float, is_var, names, shape_of, where
+from prenorm_jax.tracing.jaxprs import (
+    Axes,
+    custom_name,
+    has_side_effect,
+    is_float,
+    is_var,
+    name_of,
+    names,
+    shape_of,
+    where,
+)
 from prenorm_jax.tracing.rules import ConstantAlong, has_rule, rule_for
 
 Node = tuple[Any, Axes]
@@ -135,7 +145,7 @@ class Explorer:
     def is_moved_stream(self, eqn: Any) -> bool:
         """A stream in another shape is a stream of its own."""
         atom = eqn.invars[0] if eqn.invars else None
-        if not self.cut or eqn.primitive.name not in MOVES - {"transpose"} or not is_var(atom):
+        if not self.cut or name_of(eqn) not in MOVES - {"transpose"} or not is_var(atom):
             return False
         return atom in self.tracked and self.shifted_axes(atom, self.tracked[atom]) is not None
 
@@ -149,13 +159,13 @@ class Explorer:
         value = Tracked(poly, dims, change)
         if self.shared and (P.X,) in poly and any(self.shared.intersection(m) for m in poly):
             self.found.across.append(out)
-        if self.cut and eqn.primitive.name in ("add", "sub", "add_any") and self.is_stream(value):
+        if self.cut and name_of(eqn) in ("add", "sub", "add_any") and self.is_stream(value):
             axes = self.shifted_axes(out, value)
             if axes is not None:
                 self.found.cuts += 1
                 self.found.needs.append((out, axes))
                 return
-        if eqn.primitive.name == "reduce_sum" and set(poly) == {(P.M1,)}:
+        if name_of(eqn) == "reduce_sum" and set(poly) == {(P.M1,)}:
             self.found.sums.append(eqn)
         self.track(out, value)
 
@@ -169,7 +179,7 @@ class Explorer:
         atom = eqn.invars[i]
         axes = self.shifted_axes(atom, self.tracked[atom])
         inside = self.flow.inputs(eqn, i)
-        name = eqn.primitive.name
+        name = name_of(eqn)
         if axes is None and name in SUMS_OVER_DEVICES:
             self.summed_over_devices(eqn, i)
         elif axes is None:
@@ -212,7 +222,7 @@ class Explorer:
 
 def reading(eqn: Any, axes: Axes) -> str:
     """How a shift along these axes of an operand is seen in an equation's result, in words."""
-    name = eqn.primitive.name
+    name = name_of(eqn)
     if name == "concatenate" and eqn.params["dimension"] in axes:
         return "its features are joined with others by concatenate, whose result is read with its mean"
     return f"{name} reads its mean" if has_rule(name) or name in KNOWN_READERS else f"{name} has no rule"

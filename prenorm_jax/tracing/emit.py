@@ -19,6 +19,7 @@ from prenorm_jax.tracing.jaxprs import (
     is_float,
     is_var,
     live_eqns,
+    name_of,
     names,
     open_program,
     remake,
@@ -113,7 +114,7 @@ class Emitter:
         return self._zero_rule(eqn, args, zero, eqns) or self._one_rule(eqn, args, one, eqns) if known else None
 
     def _zero_rule(self, eqn: Any, args: list, zero: list[bool], eqns: list) -> Any:
-        name, out = eqn.primitive.name, eqn.outvars[0]
+        name, out = name_of(eqn), eqn.outvars[0]
         vanishes = (
             (name in _UNIFORM and zero[0])
             or (name == "mul" and any(zero))
@@ -133,7 +134,7 @@ class Emitter:
         return None
 
     def _one_rule(self, eqn: Any, args: list, one: list[bool], eqns: list) -> Any:
-        name, out = eqn.primitive.name, eqn.outvars[0]
+        name, out = name_of(eqn), eqn.outvars[0]
         if (name in _UNIFORM and one[0]) or (name in ("mul", "div") and all(one)):
             self.ones.add(out)
             return out

@@ -25,10 +25,10 @@ from prenorm_jax.tracing.jaxprs import (
     is_float,
     is_ref,
     is_var,
+    name_of,
     names,
     open_program,
     platform_branch,
-    quantizes,
     scan_counts,
     shape_of,
 )
@@ -98,9 +98,7 @@ def _run(jaxpr: Any, consts: list, args: list) -> list:
 
 
 def _equation(eqn: Any, args: list) -> list:
-    name = eqn.primitive.name
-    if quantizes(eqn):
-        return [_wide(out) for out in bind(eqn, args)]
+    name = name_of(eqn)
     if name == "convert_element_type" and is_float(eqn.outvars[0]):
         return [jax.lax.convert_element_type(args[0], jnp.float64)]
     if name == "reduce_precision":
@@ -176,8 +174,6 @@ def _while(eqn: Any, args: list) -> list:
 
 def _where(wanted: Any, new: Any, old: Any) -> Any:
     """New or old, example by example: the first axes of a batched loop's carry are those of its predicate."""
-    if jax.dtypes.issubdtype(new.dtype, jax.dtypes.extended):
-        return jnp.where(wanted.reshape(wanted.shape + (1,) * (new.ndim - wanted.ndim)), new, old)
     return jax.lax.select(jax.lax.broadcast_in_dim(wanted, new.shape, range(wanted.ndim)), new, old)
 
 

@@ -39,12 +39,18 @@ def is_float_dtype(dtype: Any) -> bool:
     return bool(jax.dtypes.issubdtype(dtype, np.floating))
 
 
-def quantizes(eqn: Any) -> bool:
-    """Whether a conversion keeps fewer digits than bfloat16 or float16 do: one that is meant, and no rounding of an implementation's."""
-    if eqn.primitive.name == "reduce_precision":
-        return bool(eqn.params["mantissa_bits"] < 7 or eqn.params["exponent_bits"] < 5)
-    out = eqn.outvars[0]
-    return eqn.primitive.name == "convert_element_type" and is_float(out) and _np_dtype(out.aval).itemsize < 2
+QUANTIZE = "quantize"  # what a conversion is called here that no rule passes through
+
+
+def name_of(eqn: Any) -> str:
+    """The name of an equation's primitive. A conversion to fewer digits than bfloat16 or float16 have is not what it is to wider floats,
+    where the rounding is an implementation's: it is part of the function, so it has a name of its own."""
+    name = str(eqn.primitive.name)
+    if name == "reduce_precision":
+        return QUANTIZE if eqn.params["mantissa_bits"] < 7 or eqn.params["exponent_bits"] < 5 else name
+    if name == "convert_element_type" and is_float(eqn.outvars[0]) and _np_dtype(eqn.outvars[0].aval).itemsize < 2:
+        return QUANTIZE
+    return name
 
 
 def shape_of(atom: Any) -> tuple[int, ...]:
@@ -164,7 +170,7 @@ def custom_name(eqn: Any) -> str:
     """The name of a custom_jvp or custom_vjp function, as far as JAX recorded it."""
     body = next((body for body, *_ in bodies_of(eqn)), None)
     recorded = str(getattr(getattr(body, "debug_info", None), "func_src_info", None) or "").split(" at ")[0]
-    return recorded or eqn.primitive.name
+    return recorded or name_of(eqn)
 
 
 def has_side_effect(eqn: Any) -> bool:
@@ -220,7 +226,7 @@ def bodies_in(params: dict) -> bool:
 
 def bodies_of(eqn: Any) -> list[tuple[Any, str, int]]:
     """(jaxpr, role, trips) of each sub-program that the analyses may enter; none for an unknown call."""
-    name, params = eqn.primitive.name, eqn.params
+    name, params = name_of(eqn), eqn.params
     if name == "scan":
         return [(open_program(params["jaxpr"])[0], "scan", max(int(params["length"]), 1))]
     if name == "while":
@@ -241,7 +247,7 @@ def bodies_of(eqn: Any) -> list[tuple[Any, str, int]]:
 
 def replace_bodies(eqn: Any, jaxprs: list) -> dict:
     """The parameters of `eqn` with its sub-programs replaced, in the order of `bodies_of`."""
-    name, params = eqn.primitive.name, dict(eqn.params)
+    name, params = name_of(eqn), dict(eqn.params)
     if name == "while":
         params["cond_jaxpr"] = close_like(params["cond_jaxpr"], jaxprs[0])
         params["body_jaxpr"] = close_like(params["body_jaxpr"], jaxprs[1])
@@ -286,7 +292,7 @@ LIBRARIES = (
 def where(eqn: Any) -> str:
     """Where an equation comes from: its name scopes and its line in the caller's code, as far as JAX recorded them."""
     scopes = "/".join(s for s in str(eqn.source_info.name_stack).split("/") if s and not s.endswith(")"))
-    return " at ".join(s for s in (scopes, line_of(eqn)) if s) or eqn.primitive.name
+    return " at ".join(s for s in (scopes, line_of(eqn)) if s) or name_of(eqn)
 
 
 def line_of(eqn: Any) -> str:

@@ -10,7 +10,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from prenorm_jax.tracing.jaxprs import is_var, line_of, names, where
+from prenorm_jax.tracing.jaxprs import (
+    is_var,
+    line_of,
+    name_of,
+    names,
+    where,
+)
 from prenorm_jax.tracing.leaf_views import Views
 from prenorm_jax.tracing.rules import rule_for
 from prenorm_jax.tracing.sites import Site
@@ -53,7 +59,7 @@ def labels_of(views: Views, site: Site) -> list[Label]:
             continue
         seen.add((var, scale))
         for eqn, i in views.flow.uses.get(var, ()):
-            name = eqn.primitive.name
+            name = name_of(eqn)
             if name in ("mul", "div", "add"):
                 other = eqn.invars[1 - i]
                 if name != "add" and views.facts.constant_along(other, (axis,)):
@@ -100,10 +106,10 @@ def _leaf(views: Views, atom: Any, axis: int) -> int | None:
             inner = views.flow.sources(var)
             if inner is not None:
                 stack += [(a, axis - delta) for a, _, _, delta in inner]
-            elif eqn.primitive.name in ("add", "sub", "mul", "div"):
+            elif name_of(eqn) in ("add", "sub", "mul", "div"):
                 stack += [(a, axis) for a in eqn.invars]
-            elif eqn.primitive.name in _THROUGH:
-                needs = rule_for(eqn.primitive.name).zero(eqn, j, (axis,), views.facts) or []
+            elif name_of(eqn) in _THROUGH:
+                needs = rule_for(name_of(eqn)).zero(eqn, j, (axis,), views.facts) or []
                 stack += [(eqn.invars[i], axes[0]) for i, axes in needs if len(axes) == 1]
             else:
                 return None

@@ -12,7 +12,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from prenorm_jax.tracing.jaxprs import is_var, names, scalar_value, shape_of
+from prenorm_jax.tracing.jaxprs import (
+    is_var,
+    name_of,
+    names,
+    scalar_value,
+    shape_of,
+)
 from prenorm_jax.tracing.leaf_views import Alignment, LeafView, Views, alignment, lined_up
 from prenorm_jax.tracing.plan import Plan
 from prenorm_jax.tracing.rules import rule_for
@@ -49,7 +55,7 @@ class Absorption:
 def absorption(views: Views, position: int) -> Absorption | None:
     """How the vector at an argument can move into its writers, or None."""
     end = views.forward(position)
-    if end is None or end[0].primitive.name != "mul":
+    if end is None or name_of(end[0]) != "mul":
         return None
     eqn, i = end
     axis = views.vector_axis(eqn.invars[i], eqn.outvars[0])
@@ -74,7 +80,7 @@ def candidates(plan: Plan, views: Views) -> list[int]:
     for need in plan.zero_mean.closure(roots).values():
         if plan.zero_mean.needs(need) is None and is_var(need.atom) and need.atom in views.flow.definer:
             eqn, _ = views.flow.definer[need.atom]
-            if eqn.primitive.name == "mul" and len(need.axes) == 1:
+            if name_of(eqn) == "mul" and len(need.axes) == 1:
                 for atom in eqn.invars:
                     view = views.view(atom, need.axes[0]) if len(shape_of(atom)) > need.axes[0] else None
                     if view is not None:
@@ -111,7 +117,7 @@ def _writers(views: Views, atom: Any, axis: int) -> list[LeafView] | None:
 def _is_zero(views: Views, atom: Any) -> bool:
     while is_var(atom) and atom in views.flow.definer:
         eqn, _ = views.flow.definer[atom]
-        if eqn.primitive.name != "broadcast_in_dim":
+        if name_of(eqn) != "broadcast_in_dim":
             return False
         atom = eqn.invars[0]
     return scalar_value(atom) == 0.0
@@ -124,9 +130,9 @@ def _linear_in(views: Views, var: Any, axis: int) -> list[tuple[Any, int]] | Non
     children = views.flow.bodies_of.get(id(eqn))
     if children is not None:
         return [(children[0].jaxpr.outvars[j], axis)] if children[0].role == "region" else None
-    if eqn.primitive.name not in _CARRIES:
+    if name_of(eqn) not in _CARRIES:
         return None
-    needs = rule_for(eqn.primitive.name).zero(eqn, j, (axis,), views.facts)
+    needs = rule_for(name_of(eqn)).zero(eqn, j, (axis,), views.facts)
     if needs is None or any(len(axes) != 1 for _, axes in needs):
         return None
     if any(

@@ -13,7 +13,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import is_float, is_var, names, scalar_value, shape_of
+from prenorm_jax.tracing.jaxprs import (
+    is_float,
+    is_var,
+    name_of,
+    names,
+    scalar_value,
+    shape_of,
+)
 from prenorm_jax.tracing.rules import ConstantAlong, rule_for
 
 STRUCTURAL = names(
@@ -72,14 +79,14 @@ class Views:
 
     def _back(self, eqn: Any, j: int, axes: dict[int | None, int]) -> dict[int | None, int] | None:
         if (
-            eqn.primitive.name not in STRUCTURAL
+            name_of(eqn) not in STRUCTURAL
             or len(eqn.invars) != 1
             or math.prod(shape_of(eqn.invars[0])) != math.prod(shape_of(eqn.outvars[0]))
         ):
             return None
         moved = {}
         for key, axis in axes.items():
-            found = rule_for(eqn.primitive.name).zero(eqn, j, (axis,), self.facts)
+            found = rule_for(name_of(eqn)).zero(eqn, j, (axis,), self.facts)
             if not found or len(found[0][1]) != 1:
                 return None
             moved[key] = found[0][1][0]
@@ -109,9 +116,7 @@ class Views:
                 if self.flow.passed_through(eqn, i):
                     return None
                 var = inside[0][0]
-            elif (eqn.primitive.name in STRUCTURAL and len(eqn.outvars) == 1) or (
-                self.scaled and scaled_operand(eqn) == i
-            ):
+            elif (name_of(eqn) in STRUCTURAL and len(eqn.outvars) == 1) or (self.scaled and scaled_operand(eqn) == i):
                 var = eqn.outvars[0]
             else:
                 return eqn, i
@@ -128,7 +133,7 @@ class Views:
 
 def scaled_operand(eqn: Any) -> int | None:
     """Which operand of an equation is multiplied or divided by a number, if that is what it does."""
-    name = eqn.primitive.name
+    name = name_of(eqn)
     numbers = [scalar_value(a) is not None for a in eqn.invars]
     if name == "mul" and any(numbers) and not all(numbers):
         return numbers.index(False)

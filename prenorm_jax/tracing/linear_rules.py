@@ -9,7 +9,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from prenorm_jax.tracing.jaxprs import Axes, is_float, open_program, shape_of
+from prenorm_jax.tracing.jaxprs import (
+    Axes,
+    is_float,
+    name_of,
+    open_program,
+    shape_of,
+)
 from prenorm_jax.tracing.rules import Facts, register_rule
 
 
@@ -162,7 +168,7 @@ register_rule("gather", shift=_gather_shift, zero=_gather_zero)
 
 def _scatter_windows(eqn: Any) -> dict[int, int]:
     """Operand axis -> update axis, for the axes along which every update covers the operand whole."""
-    if eqn.primitive.name == "scatter" and not _overwrites(eqn.params.get("update_jaxpr")):
+    if name_of(eqn) == "scatter" and not _overwrites(eqn.params.get("update_jaxpr")):
         return {}
     numbers, shape, update = eqn.params["dimension_numbers"], shape_of(eqn.invars[0]), shape_of(eqn.invars[2])
     gone = set(numbers.inserted_window_dims) | set(getattr(numbers, "operand_batching_dims", ()))

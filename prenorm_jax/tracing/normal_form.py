@@ -32,6 +32,7 @@ from prenorm_jax.tracing.jaxprs import (
     line_of,
     literal,
     live_eqns,
+    name_of,
     names,
     open_program,
     remake,
@@ -72,7 +73,7 @@ class _Normalizer:
         for eqn in jaxpr.eqns:
             if caller is not None and not line_of(eqn):
                 eqn = _called_from(eqn, caller)
-            name = eqn.primitive.name
+            name = name_of(eqn)
             args = [_read(env, a) for a in eqn.invars]
             if self._inlines(eqn, name):
                 inner, consts = sub_program(eqn.params, "jaxpr" if "jaxpr" in eqn.params else "call_jaxpr")
@@ -122,14 +123,14 @@ class _Normalizer:
     def _eqn(self, eqn: Any, args: list, eqns: list, seen: dict, scope: str) -> list:
         params = {k: self._param(v) for k, v in eqn.params.items()}
         key = None
-        if not eqn.effects and not bodies_in(eqn.params) and eqn.primitive.name not in DRAWS:
+        if not eqn.effects and not bodies_in(eqn.params) and name_of(eqn) not in DRAWS:
             key = (eqn.primitive, tuple(_key(a) for a in args), _params_key(eqn.params), tuple(map(str, _avals(eqn))))
             if key in seen:
                 return seen[key]
         outs = [jex.Var(v.aval) for v in eqn.outvars]
         new = eqn.replace(invars=args, outvars=outs, params=params)
         eqns.append(_rescope(new, scope))
-        number = scalar_value(args[0]) if eqn.primitive.name == "broadcast_in_dim" else None
+        number = scalar_value(args[0]) if name_of(eqn) == "broadcast_in_dim" else None
         if number is not None:
             self.uniform[outs[0]] = number
         if key is not None:

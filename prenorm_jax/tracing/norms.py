@@ -9,7 +9,14 @@ import dataclasses
 import math
 from typing import Any
 
-from prenorm_jax.tracing.jaxprs import is_var, names, scalar_value, shape_of, where
+from prenorm_jax.tracing.jaxprs import (
+    is_var,
+    name_of,
+    names,
+    scalar_value,
+    shape_of,
+    where,
+)
 from prenorm_jax.tracing.leaf_views import STRUCTURAL, Alignment, LeafView, Views, alignment
 from prenorm_jax.tracing.linear_rules import product_axes
 from prenorm_jax.tracing.plan import Plan
@@ -90,7 +97,7 @@ class _Walk:
         self.stack.append((var, axis, stage, norm or self.found))
 
     def use(self, eqn: Any, i: int, axis: int, stage: str) -> None:
-        name = eqn.primitive.name
+        name = name_of(eqn)
         inside = self.flow.inputs(eqn, i)
         if inside is not None:
             self.enter(eqn, i, inside, axis, stage)
@@ -115,24 +122,22 @@ class _Walk:
     def enter(self, eqn: Any, i: int, inside: list, axis: int, stage: str) -> None:
         role = self.flow.bodies_of[id(eqn)][0].role
         if role not in ("region", "scan") or self.flow.passed_through(eqn, i) or any(d for _, d in inside):
-            self.found.stay(f"its result enters {eqn.primitive.name} at {where(eqn)}")
+            self.found.stay(f"its result enters {name_of(eqn)} at {where(eqn)}")
         else:
             for v, _ in inside:
                 self.go(v, axis, stage)
 
     def scaled(self, eqn: Any, i: int, axis: int, stage: str) -> None:
         other, out = eqn.invars[1 - i], eqn.outvars[0]
-        if eqn.primitive.name == "mul" and stage == "centered" and other is eqn.invars[i]:
+        if name_of(eqn) == "mul" and stage == "centered" and other is eqn.invars[i]:
             return  # its variance
-        if eqn.primitive.name == "div" and i == 1:
+        if name_of(eqn) == "div" and i == 1:
             self.found.stay(f"it divides at {where(eqn)}")
         elif self.views.facts.constant_along(other, (axis,)):
             if stage == "biased" and scalar_value(other) != 1.0:
                 self.found.stay(f"it is scaled by row behind its bias at {where(eqn)}")
             self.go(out, axis, stage)
-        elif (
-            eqn.primitive.name == "mul" and stage == "centered" and (view := self.vector(other, out, axis)) is not None
-        ):
+        elif name_of(eqn) == "mul" and stage == "centered" and (view := self.vector(other, out, axis)) is not None:
             branch = self.branches.setdefault(view, NormFound(self.plain.site, scale=view, eps=self.eps))
             self.go(out, axis, "scaled", branch)
         else:
@@ -147,7 +152,7 @@ class _Walk:
             return view if view is not None and self.whole(view) else None
         if atom in self.flow.definer and self.views.times_used(atom) == 1:
             eqn, _ = self.flow.definer[atom]
-            if eqn.primitive.name == "mul":
+            if name_of(eqn) == "mul":
                 for a, b in (eqn.invars, eqn.invars[::-1]):
                     if self.views.facts.constant_along(a, (axis,)):
                         return self.vector(b, atom, axis)
@@ -198,13 +203,13 @@ class _Walk:
         value = eqn.outvars[0]
         while self.views.times_used(value) == 1 and self.flow.uses.get(value):
             use, i = self.flow.uses[value][0]
-            if use.primitive.name == "add":
+            if name_of(use) == "add":
                 return self.matched_bias(use, 1 - i, axes, kernel)
-            if use.primitive.name not in STRUCTURAL or len(use.outvars) != 1:
+            if name_of(use) not in STRUCTURAL or len(use.outvars) != 1:
                 return None
             moved = {}
             for leaf_axis, a in axes.items():
-                found = rule_for(use.primitive.name).shift(use, i, (a,), self.views.facts)
+                found = rule_for(name_of(use)).shift(use, i, (a,), self.views.facts)
                 if not found or len(found[0]) != 1:
                     return None
                 moved[leaf_axis] = found[0][0]
@@ -244,10 +249,10 @@ def _eps(flow: Any, site: Site) -> float | None:
         following = []
         for var in frontier:
             for eqn, _i in flow.uses.get(var, ()):
-                name = eqn.primitive.name
+                name = name_of(eqn)
                 if name == "add" and eqn.outvars[0] not in seen:
                     number = next((n for a in eqn.invars if (n := scalar_value(a)) is not None), None)
-                    roots = [e.primitive.name for e, _ in flow.uses.get(eqn.outvars[0], ())]
+                    roots = [name_of(e) for e, _ in flow.uses.get(eqn.outvars[0], ())]
                     if number is not None and any(r in ("rsqrt", "sqrt") for r in roots):
                         return number
                 if name in _TO_VARIANCE and eqn.outvars[0] not in seen:

@@ -7,7 +7,13 @@ from typing import Any
 
 from prenorm_jax.tracing.decision import Decision
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import Program, is_var, shape_of, where
+from prenorm_jax.tracing.jaxprs import (
+    Program,
+    is_var,
+    name_of,
+    shape_of,
+    where,
+)
 from prenorm_jax.tracing.labels import labels_of
 from prenorm_jax.tracing.leaf_views import Views
 from prenorm_jax.tracing.plan import Plan
@@ -128,7 +134,7 @@ def _feature_sums(flow: Flow, widths: set[int]) -> int:
     total = 0
     for body in flow.bodies:
         for eqn in body.jaxpr.eqns:
-            if eqn.primitive.name == "reduce_sum":
+            if name_of(eqn) == "reduce_sum":
                 shape = shape_of(eqn.invars[0])
                 size = 1
                 for a in eqn.params["axes"]:
@@ -141,15 +147,15 @@ def _activation(plan: Plan, made: Any) -> str:
     var = made.atom
     if made.use is not None:
         eqn, i = plan.zero_mean.eqns[made.use[0]], made.use[1]
-        return f"operand {i} of {eqn.primitive.name} at {where(eqn)}"
+        return f"operand {i} of {name_of(eqn)} at {where(eqn)}"
     if is_var(var) and var in plan.flow.definer:
         eqn, _ = plan.flow.definer[var]
-        return f"result of {eqn.primitive.name} at {where(eqn)}"
+        return f"result of {name_of(eqn)} at {where(eqn)}"
     return "an input of the program or of a loop's body"
 
 
 def _unknown(plan: Plan) -> tuple[str, ...]:
     """Primitives without a rule that stood in the way of a site."""
     text = " ".join(plan.reasons.values())
-    names = {e.primitive.name for e in plan.zero_mean.eqns.values() if not has_rule(e.primitive.name)}
+    names = {name_of(e) for e in plan.zero_mean.eqns.values() if not has_rule(name_of(e))}
     return tuple(sorted(n for n in names if f" {n} has no rule" in f" {text}" or f" {n}, which has no rule" in text))

@@ -17,7 +17,15 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import Axes, is_float, is_var, names, quantizes, scalar_value, shape_of
+from prenorm_jax.tracing.jaxprs import (
+    Axes,
+    is_float,
+    is_var,
+    name_of,
+    names,
+    scalar_value,
+    shape_of,
+)
 
 
 class Facts(Protocol):
@@ -94,7 +102,7 @@ class ConstantAlong:
         eqn, _ = self.flow.definer.get(var, (None, 0))
         if eqn is None:
             return False
-        name = eqn.primitive.name
+        name = name_of(eqn)
         if name == "broadcast_in_dim":
             dims = eqn.params["broadcast_dimensions"]
             return self.constant_along(eqn.invars[0], tuple(dims.index(a) for a in axes if a in dims))
@@ -163,17 +171,9 @@ def _unary_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, A
     return [(0, axes)] if is_float(eqn.invars[0]) and is_float(eqn.outvars[0]) else None
 
 
-def _rounded_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
-    return None if quantizes(eqn) else _same_shift(eqn, i, axes, facts)
-
-
-def _rounded_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axes]] | None:
-    return None if quantizes(eqn) else _unary_zero(eqn, j, axes, facts)
-
-
 def _mul_shift(eqn: Any, i: int, axes: Axes, facts: Facts) -> dict[int, Axes] | None:
     other = 1 - i
-    if eqn.primitive.name == "div" and i == 1:
+    if name_of(eqn) == "div" and i == 1:
         return None
     same = _same_shift(eqn, i, axes, facts)
     return same if same and facts.constant_along(eqn.invars[other], axes) else None
@@ -183,7 +183,7 @@ def _mul_zero(eqn: Any, j: int, axes: Axes, facts: Facts) -> list[tuple[int, Axe
     left, right = eqn.invars
     if facts.constant_along(right, axes):
         return [(0, axes)]
-    if eqn.primitive.name == "mul" and facts.constant_along(left, axes):
+    if name_of(eqn) == "mul" and facts.constant_along(left, axes):
         return [(1, axes)]
     return None
 
@@ -212,6 +212,8 @@ for _name in (
     "neg",
     "copy",
     "copy_p",
+    "convert_element_type",
+    "reduce_precision",
     "name",
     "sharding_constraint",
     "layout_constraint",
@@ -221,8 +223,6 @@ for _name in (
     "pvary",
 ):
     register_rule(_name, shift=_same_shift, zero=_unary_zero)
-for _name in ("convert_element_type", "reduce_precision"):
-    register_rule(_name, shift=_rounded_shift, zero=_rounded_zero)
 register_rule(
     "stop_gradient", zero=_unary_zero
 )  # a shift would be seen by the gradient: mean and deviation may differ in it

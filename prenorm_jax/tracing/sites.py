@@ -12,7 +12,14 @@ from typing import Any
 
 from prenorm_jax.tracing.algebra import CONVERSIONS
 from prenorm_jax.tracing.flow import Body, Flow
-from prenorm_jax.tracing.jaxprs import Axes, is_float, is_var, scalar_value, shape_of
+from prenorm_jax.tracing.jaxprs import (
+    Axes,
+    is_float,
+    is_var,
+    name_of,
+    scalar_value,
+    shape_of,
+)
 from prenorm_jax.tracing.shift import Node, Shifts
 
 
@@ -46,7 +53,7 @@ def find_sites(flow: Flow, shifts: Shifts) -> list[Site]:
     sites: dict[Node, Site] = {}
     for body in flow.bodies:
         for eqn in body.jaxpr.eqns:
-            if eqn.primitive.name != "reduce_sum" or not is_var(eqn.invars[0]) or not is_float(eqn.outvars[0]):
+            if name_of(eqn) != "reduce_sum" or not is_var(eqn.invars[0]) or not is_float(eqn.outvars[0]):
                 continue
             x, axes = _unscaled(flow, eqn.invars[0], tuple(int(a) for a in eqn.params["axes"]))
             if not axes or not is_float(x) or (x, axes) in sites or len(shape_of(x)) <= max(axes):
@@ -61,7 +68,7 @@ def _unscaled(flow: Flow, var: Any, axes: Axes) -> tuple[Any, Axes]:
     """The value that `var` is a converted, transposed or constantly scaled copy of, and where it has `axes`."""
     while var in flow.definer:
         eqn, _ = flow.definer[var]
-        name, args = eqn.primitive.name, eqn.invars
+        name, args = name_of(eqn), eqn.invars
         if (name in CONVERSIONS and is_float(args[0]) and is_var(args[0])) or (
             name in ("mul", "div") and scalar_value(args[1]) is not None and is_var(args[0])
         ):

@@ -21,7 +21,17 @@ import jax
 import numpy as np
 
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import CUSTOM, DRAWS, Axes, custom_name, is_float, is_var, shape_of, where
+from prenorm_jax.tracing.jaxprs import (
+    CUSTOM,
+    DRAWS,
+    Axes,
+    custom_name,
+    is_float,
+    is_var,
+    name_of,
+    shape_of,
+    where,
+)
 from prenorm_jax.tracing.rules import has_rule, rule_for
 from prenorm_jax.tracing.shift import Node, Shifts
 
@@ -109,7 +119,7 @@ class ZeroMean:
             return whole if len(whole) == len(moved) else None
         if eqn is None:
             return None
-        found = rule_for(eqn.primitive.name).zero(eqn, j, axes, self.shifts.facts)
+        found = rule_for(name_of(eqn)).zero(eqn, j, axes, self.shifts.facts)
         return None if found is None else [Need(eqn.invars[i], tuple(x), eqn, i) for i, x in found]
 
     # -- ways to make it so --
@@ -147,7 +157,7 @@ class ZeroMean:
             if self.flow.bodies_of[id(eqn)][0].role == "custom":
                 return None
         else:
-            moved = rule_for(eqn.primitive.name).shift(eqn, i, need.axes, self.shifts.facts)
+            moved = rule_for(name_of(eqn)).shift(eqn, i, need.axes, self.shifts.facts)
             if moved is None:
                 return None
             seen = [(eqn.outvars[j], axes) for j, axes in moved.items()]
@@ -172,7 +182,7 @@ class ZeroMean:
             eqn, _ = self.flow.definer[v]
             inputs = [a for a in eqn.invars if is_var(a)]
             waiting = [a for a in inputs if a not in self._constant]
-            if eqn.effects or eqn.primitive.name in DRAWS or any(self._constant.get(a) is False for a in inputs):
+            if eqn.effects or name_of(eqn) in DRAWS or any(self._constant.get(a) is False for a in inputs):
                 self._constant[v] = False
             elif waiting:
                 stack += waiting
@@ -250,10 +260,10 @@ class ZeroMean:
             return "a constant is added to it"
         if atom in self.flow.definer:
             eqn, _ = self.flow.definer[atom]
-            if eqn.primitive.name in CUSTOM:
+            if name_of(eqn) in CUSTOM:
                 return f"the result of {custom_name(eqn)}, which has a custom derivative rule, at {where(eqn)}"
-            known = "" if has_rule(eqn.primitive.name) or id(eqn) in self.flow.bodies_of else ", which has no rule,"
-            return f"the result of {eqn.primitive.name}{known} at {where(eqn)}"
+            known = "" if has_rule(name_of(eqn)) or id(eqn) in self.flow.bodies_of else ", which has no rule,"
+            return f"the result of {name_of(eqn)}{known} at {where(eqn)}"
         if atom in self.leaves:
             return f"a leaf that may not be recentered ({self.shifts.why_not(atom, need.axes)})"
         if self.flow.body_of[atom].role == "shard":

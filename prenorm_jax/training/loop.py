@@ -77,8 +77,8 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
         start, settings = int(restored.state.step), experiment.train
         _announce(console, experiment, workdir, restored, splits, changed)
         # Of a finished run nothing is written anew: its record is of what it was trained with, whatever it is started with now.
-        ends = start < settings.steps
-        if first and (ends or not (workdir / "config.json").exists()):
+        unfinished = start < settings.steps
+        if first and (unfinished or not (workdir / "config.json").exists()):
             (workdir / "config.json").write_text(json.dumps(as_tree(experiment), indent=2) + "\n")
         rows = metrics.Metrics(workdir, start, experiment) if first else metrics.Nowhere()
         written = stack.enter_context(rows)
@@ -89,7 +89,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
         interrupts = stack.enter_context(Interrupts())
         with lost_processes_told():  # before anything is closed that would wait for it
             state = run.steps(restored.state, batches, saved, log, guard, profile, interrupts)
-        if first and (ends or not (workdir / "summary.json").exists()):
+        if first and (unfinished or not (workdir / "summary.json").exists()):
             summary.write(workdir, experiment)
     return judged_params(state)
 

@@ -53,6 +53,14 @@ def test_layers_of_a_stack_and_their_gradient():
     assert not used & {"add", "add_any", "pad", "scatter", "scatter-add", "dynamic_update_slice"}
 
 
+def test_shares_that_are_turned_row_by_row_are_the_same_numbers(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    arrays = [jnp.arange(6.0).reshape(2, 3) * i for i in range(4)]
+    program = jax.jit(lambda arrays: blocks._row_by_row([array.T for array in arrays]))
+    assert "optimization_barrier" in program.lower(arrays).as_text()
+    np.testing.assert_array_equal(program(arrays), jnp.stack(arrays).transpose(0, 2, 1))
+
+
 def test_on_a_mesh_each_device_puts_its_own_shares_together(monkeypatch):
     seen = []
 

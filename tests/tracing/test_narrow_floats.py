@@ -98,3 +98,27 @@ def test_a_norm_without_affine_that_is_kept_is_told():
     assert [(norm.readers, norm.scale, norm.bias) for norm in kept] == [((), None, None)]
     assert "tanh" in kept[0].keep
     assert "test_narrow_floats" in kept[0].module
+
+
+def test_a_quantized_scale_is_not_folded():
+    """Its readers would get the scale as it is stored, where the function multiplies by the rounded one."""
+    params = {**PARAMS, "g": jnp.linspace(0.51, 1.49, 8)}
+
+    def fn(params, tokens):
+        scale = params["g"].astype(EIGHT_BITS).astype(jnp.float32)[None]
+        return (norm(params["e"][tokens]) * scale) @ params["h"]
+
+    spec = pn.trace(fn, params, TOKENS)
+    assert all("g" not in (norm.scale, norm.bias) for norm in spec.norms)
+    folded = pn.fold_affine(params, spec)
+    np.testing.assert_allclose(fn(folded, TOKENS), fn(params, TOKENS), rtol=1e-5)
+
+
+def test_a_quantized_value_less_the_mean_of_another_is_no_layer_norm():
+    def fn(params, tokens):
+        x = params["e"][tokens]
+        centered = QUANTIZED["reduced"](x) - x.mean(-1, keepdims=True)
+        return centered / jnp.sqrt((centered**2).mean(-1, keepdims=True) + 1e-6) @ params["h"]
+
+    with pytest.raises(pn.ConversionError):
+        pn.convert(fn, PARAMS, TOKENS, verify=False)
