@@ -187,11 +187,15 @@ def on_each_device(
     return jax.shard_map(on_one, in_specs=parts, out_specs=out, check_vma=False)(*arrays)
 
 
-def own(rows: int) -> int:
-    """How many of so many examples, or of their tokens, a device has; 0 where they don't come out even."""
+def own(count: int, axes: tuple[str, ...] = BATCH) -> int:
+    """How many of so many examples, or of their tokens, a device has; 0 where they don't come out even.
+
+    Args:
+      axes: those of the mesh that split them, or whatever is counted.
+    """
     here = sizes()
-    parts = math.prod(here.get(axis, 1) for axis in BATCH)
-    return 0 if rows % parts else rows // parts
+    parts = math.prod(here.get(axis, 1) for axis in axes)
+    return 0 if count % parts else count // parts
 
 
 def _tuple(entry: Any) -> tuple[str, ...]:

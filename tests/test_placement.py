@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from prenorm_jax import norms, placement
-from prenorm_jax.hopper import norm_gradient
+from prenorm_jax.hopper import gelu_gradient, norm_gradient
+from prenorm_jax.models import gelu
 from prenorm_jax.training import cross_entropy as loss
 from prenorm_jax.training import sharding
 from prenorm_jax.training.experiment import Mesh
@@ -63,6 +64,30 @@ def test_a_norms_gradient_by_its_kernel(mesh, monkeypatch):
     monkeypatch.setattr(jax.lax, "psum", lambda x, axes: x)
     wrong = split(lambda *given: gradients(*given), mesh)(*arrays)
     assert np.abs(np.asarray(wrong[3]) - expected[3]).max() > 1e-3
+
+
+def test_the_product_in_front_of_a_gelus_gradient_by_its_kernel(mesh, monkeypatch):
+    """A plain form stands for the kernel; with a matrix that each device sees whole, it would be given another share."""
+    seen = []
+
+    def kernel(dy, matrix, z):
+        seen.append((dy.shape, matrix.shape, z.shape))
+        return jax.vjp(gelu.gelu, z)[1](dy @ matrix.T)[0]
+
+    def gradients(z, matrix, dy):
+        y, pull_back = jax.vjp(gelu.product, z, matrix)
+        return y, *pull_back(dy)
+
+    arrays = drawn((ROWS, 8), (8, WIDTH), (ROWS, WIDTH))
+    expected = jax.jit(gradients)(*arrays)
+    assert not seen
+    monkeypatch.setattr(gelu_gradient, "served", lambda z, outputs: True)
+    monkeypatch.setattr(gelu_gradient, "gelu_gradient", kernel)
+    for found, wanted in zip(split(gradients, mesh)(*arrays), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-12)
+    with placement.within(mesh):
+        rows, columns = placement.own(ROWS), placement.own(8, (placement.TENSOR,))
+    assert set(seen) == {((rows, WIDTH), (columns, WIDTH), (rows, columns))}
 
 
 def test_the_cross_entropy_by_its_kernels(mesh, monkeypatch):

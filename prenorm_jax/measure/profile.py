@@ -24,7 +24,7 @@ from prenorm_jax.training.experiment import Mesh
 PARTS: tuple[tuple[str, str], ...] = (
     ("exchange between devices", r"^(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|nccl)"),
     ("attention", r"fmha|cudnn|dot_product_attention|attention/(_forward|_backward)"),
-    ("matrix products", r"cublas|__triton_gemm|gemm_fusion|\bdot\b|/dot_general$|hopper_product"),
+    ("matrix products", r"cublas|__triton_gemm|gemm_fusion|\bdot\b|/dot_general$|gelu_gradient"),
     ("optimizer", r"optimizer"),
     ("weight map", r"weight_map"),
     ("loss", r"loss"),

@@ -16,9 +16,9 @@ from jax.experimental import layout
 
 from prenorm_jax import placement
 from prenorm_jax.hopper import stack
+from prenorm_jax.models import gelu
 from prenorm_jax.models.attention import Attention
 from prenorm_jax.models.config import Transformer
-from prenorm_jax.models.gelu import gelu
 from prenorm_jax.models.layers import NOTHING, LayerScale, Linear, Norm, Written, add, normal, reader_bias
 from prenorm_jax.models.stochastic_depth import of_sample
 from prenorm_jax.models.variants import Variant
@@ -35,11 +35,11 @@ class Mlp(nnx.Module):
         self.up = linear(lanes, config.mlp_width, bias=reader_bias(config, variant, config.bias))
         init = normal(1 / math.sqrt(2 * config.depth * config.mlp_width))
         self.down = linear(config.mlp_width, lanes, bias=config.bias, init=init, stored=placement.ROWS)
-        self.gelu = jax.named_scope("gelu")(functools.partial(gelu, form=config.gelu))
+        self.product = functools.partial(gelu.product, form=config.gelu)
 
     @jax.named_scope("mlp")
     def __call__(self, n: Array) -> Written:
-        return self.down.apart(self.gelu(self.up(n)))
+        return self.down.apart(self.up(n), self.product)
 
 
 class Block(nnx.Module):

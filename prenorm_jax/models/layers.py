@@ -18,6 +18,7 @@ from prenorm_jax.models.variants import Variant
 
 Array = jax.Array
 Init = Callable[[Array, tuple[int, ...], Any], Array]
+Product = Callable[[Array, Array], Array]
 
 
 def normal(stddev: float) -> Init:
@@ -54,9 +55,9 @@ class Linear(nnx.Module):
         # Behind a barrier the cast (and the weight map before it) stays out of the product, whose kernel then takes bias and residual.
         return jax.lax.optimization_barrier(placement.gathered(self.kernel[...].astype(dtype), self.stored))
 
-    def apart(self, x: Array) -> tuple[Array, Array | None]:
-        """The product, and the bias that is to be added to it."""
-        return x @ self.matrix(x.dtype), None if self.bias is None else self.bias[...]
+    def apart(self, x: Array, product: Product = jnp.matmul) -> tuple[Array, Array | None]:
+        """The product of x and the kernel, made by `product`, and the bias that is to be added to it."""
+        return product(x, self.matrix(x.dtype)), None if self.bias is None else self.bias[...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -1,4 +1,4 @@
-"""On a GPU of compute capability 9.0: the kernels of norms and of the cross entropy against the XLA forms in float32.
+"""On a GPU of compute capability 9.0: the kernels beside attention's against the XLA forms in float32.
 
 PYTHONPATH=. python tests/accelerator/check_kernels.py
 """
@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from prenorm_jax import norms
-from prenorm_jax.hopper import cross_entropy, norm_gradient, stack
+from prenorm_jax.hopper import cross_entropy, gelu_gradient, norm_gradient, stack
+from prenorm_jax.models.gelu import gelu
 
 WIDTHS = (192, 384, 768, 1024, 1280)
 KINDS = {
@@ -91,6 +92,41 @@ def check_cross_entropy():
         assert missed(sums(logits, classes - 1), wanted) > 1e-7
 
 
+def check_gelu_gradient():
+    for rows, width, outputs in (
+        (51200, 3072, 768),
+        (102400, 1536, 384),
+        (16384, 3072, 768),
+        (25600, 4096, 1024),
+        (204800, 768, 192),
+    ):
+        dy, matrix, z = (
+            scale * jax.random.normal(key, shape, jnp.bfloat16)
+            for key, scale, shape in zip(
+                jax.random.split(jax.random.key(0), 3),
+                (1, outputs**-0.5, 2),
+                ((rows, outputs), (width, outputs), (rows, width)),
+                strict=True,
+            )
+        )
+        assert gelu_gradient.served(z, outputs)
+
+        def plain(dy, matrix, z):
+            return jax.vjp(gelu, z)[1](dy @ matrix.T)[0]
+
+        with jax.default_matmul_precision("highest"):
+            wanted = jax.jit(plain)(*(array.astype(jnp.float32) for array in (dy, matrix, z)))
+        forms = gelu_gradient.gelu_gradient, jax.jit(plain, compiler_options={"xla_gpu_enable_triton_gemm": False})
+        errors = [missed(form(dy, matrix, z), wanted) for form in forms]
+        times = [microseconds(form, dy, matrix, z) for form in forms]
+        print(
+            f"GELU's gradient {rows} x {outputs} x {width}: errors {errors}, kernel {times[0]:.0f} us, XLA {times[1]:.0f} us"
+        )
+        # One rounding, where XLA's form has two; the control has another input.
+        assert errors[0] < 2e-3, errors
+        assert missed(forms[0](dy, matrix, -z), wanted) > 0.1
+
+
 def check_stack():
     for count, shape in ((12, (768, 3072)), (24, (1024, 1024)), (12, (192, 768))):
         arrays = list(jax.random.normal(jax.random.key(0), (count, *shape), jnp.bfloat16))
@@ -103,5 +139,6 @@ def check_stack():
 if __name__ == "__main__":
     check_norms()
     check_cross_entropy()
+    check_gelu_gradient()
     check_stack()
     print("kernels hold")

@@ -1,4 +1,4 @@
-"""The kernels of norms and of the cross entropy, in Pallas's interpreter; on a GPU, accelerator/check_kernels.py runs the real ones."""
+"""The kernels beside attention's, in Pallas's interpreter; on a GPU, accelerator/check_kernels.py runs the real ones."""
 
 import functools
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from prenorm_jax import norms
-from prenorm_jax.hopper import cross_entropy, norm_gradient, stack
+from prenorm_jax.hopper import cross_entropy, gelu_gradient, norm_gradient, stack
+from prenorm_jax.models.gelu import gelu
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11")
 
@@ -74,6 +75,23 @@ def test_the_cross_entropy_s_passes_are_those_of_a_softmax(columns, classes, int
     assert np.abs(other.astype(jnp.float32) - slope).max() > 0.1
 
 
+@pytest.mark.parametrize(("rows", "width", "outputs"), [(384, 256, 192), (128, 128, 64), (256, 384, 448)])
+def test_the_product_in_front_of_a_gelu_s_gradient(rows, width, outputs, interpreter, monkeypatch):
+    monkeypatch.setattr(gelu_gradient, "MULTIPROCESSORS", 2)  # so that a warpgroup has several tiles
+    rng = np.random.default_rng(0)
+    dy, matrix, z = (
+        jnp.asarray(scale * rng.normal(size=shape), jnp.bfloat16)
+        for scale, shape in ((1, (rows, outputs)), (outputs**-0.5, (width, outputs)), (2, (rows, width)))
+    )
+    exact = [array.astype(jnp.float32) for array in (dy, matrix, z)]
+    wanted = jax.vjp(gelu, exact[2])[1](exact[0] @ exact[1].T)[0]
+    found = gelu_gradient.gelu_gradient(dy, matrix, z, interpret=interpreter)
+    assert found.dtype == jnp.bfloat16
+    assert (np.abs(found.astype(jnp.float32) - wanted) <= 2**-8 * np.abs(wanted) + 1e-4).all()
+    # The check can fail: without the slope it does.
+    assert np.abs(exact[0] @ exact[1].T - wanted).max() > 0.1
+
+
 @pytest.mark.parametrize("shape", [(3, 1024), (2, 8192)])
 def test_arrays_are_put_together(shape, interpreter):
     rng = np.random.default_rng(0)
@@ -91,6 +109,14 @@ def test_arrays_are_put_together(shape, interpreter):
 def test_putting_together_lowers_for_a_gpu():
     arrays = [jax.ShapeDtypeStruct((768, 3072), jnp.bfloat16)] * 12
     lowered = jax.jit(lambda *arrays: stack.stack(arrays)).trace(*arrays).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(("width", "outputs"), [(768, 192), (3072, 768), (5120, 1280)])
+def test_the_gelu_s_gradient_lowers_for_a_gpu(width, outputs):
+    shapes = (51200, outputs), (width, outputs), (51200, width)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    lowered = gelu_gradient.gelu_gradient.trace(*arguments).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
 
 
@@ -117,5 +143,9 @@ def test_the_cross_entropy_lowers_for_a_gpu():
 def test_shapes_that_the_kernels_are_not_made_for():
     assert norm_gradient.fits(51200, 768)
     assert not any(norm_gradient.fits(*shape) for shape in ((51202, 768), (51200, 767), (51200, 32), (51200, 1344)))
+    assert gelu_gradient.fits(16384, 3072, 768)
+    assert not any(
+        gelu_gradient.fits(*s) for s in ((16400, 3072, 768), (16384, 3000, 768), (16384, 3072, 760), (128, 128, 64))
+    )
     assert cross_entropy.fits(50304, 50257)
     assert not any(cross_entropy.fits(*row) for row in ((50257, 50257), (256, 256), (50304, 49000)))
