@@ -44,6 +44,8 @@ EXAMPLES, WHOLE = PartitionSpec(BATCH), PartitionSpec()
 POSITIONS: Place = (PartitionSpec(FSDP, None),)
 PATCHES: Place = (PartitionSpec(FSDP, None, None, None),)
 UNSPLIT: Place = (WHOLE,)
+AT_ONCE = 2**29
+"""Bytes of weights: up to so many a device gathers of all layers together (ViT-B has 170 MB of them); of more, a layer at a time."""
 
 
 @contextlib.contextmanager
@@ -113,14 +115,16 @@ _gathered.defvjp(
 )
 
 
-def in_turn(ahead: Any, branch: Any) -> tuple[Any, Any]:
+def in_turn(ahead: Any, branch: Any, layers: int) -> tuple[Any, Any]:
     """A tree of weights that a later layer reads, and the main branch (with what is being written to it), as they are.
 
     Where weights are split along "fsdp", they are gathered no earlier than the main branch is there; and the exchange of their gradients
     ends before the backward pass goes on from it. So a device holds few gathered layers, and exchanges go beside the products of another
-    layer, where XLA would put those of many layers together.
+    layer, where XLA would put those of many layers together. Where all `layers` are few bytes and the devices one process's, nothing
+    waits: together is faster then (docs/scale.md).
     """
-    return (ahead, branch) if sizes().get(FSDP, 1) == 1 else _in_turn(ahead, branch)
+    few = layers * sum(leaf.nbytes for leaf in jax.tree.leaves(ahead)) <= AT_ONCE and jax.process_count() == 1
+    return (ahead, branch) if few or sizes().get(FSDP, 1) == 1 else _in_turn(ahead, branch)
 
 
 @jax.custom_vjp

@@ -114,12 +114,14 @@ def test_the_cross_entropy_by_its_kernels(mesh, monkeypatch):
         np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
-def test_exchanges_go_in_turn(mesh):
+def test_exchanges_go_in_turn(mesh, monkeypatch):
     """A split weight's gathering waits for the main branch, and in the backward pass the main branch for the weight's gradient. Where
-    weights are whole, nothing is in the way."""
+    weights are whole, or all layers' are few bytes, nothing is in the way."""
+    layers = 3
+    monkeypatch.setattr(placement, "AT_ONCE", layers * 8 * (WIDTH + 1) * WIDTH - 1)
 
     def loss(weight, x):
-        ahead, x = placement.in_turn({"kernel": weight, "bias": weight[0]}, x)
+        ahead, x = placement.in_turn({"kernel": weight, "bias": weight[0]}, x, layers)
         return ((x @ ahead["kernel"] + ahead["bias"][None]) ** 2).sum()
 
     def on_mesh(weight, x):
@@ -137,4 +139,6 @@ def test_exchanges_go_in_turn(mesh):
     assert [len(eqn.invars) for eqn in barriers] == [2] * len(barriers)
     assert "optimization_barrier" not in str(jax.make_jaxpr(jax.grad(loss))(weight, x))
     found, expected = split(lambda x: on_mesh(weight, x), mesh)(x), jax.value_and_grad(loss, (0, 1))(weight, x)
+    monkeypatch.setattr(placement, "AT_ONCE", placement.AT_ONCE + 1)
+    assert "optimization_barrier" not in str(jax.make_jaxpr(lambda *given: on_mesh(*given))(weight, x))
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-12), found, expected)

@@ -15,7 +15,7 @@ from prenorm_jax import hopper
 
 Array = jax.Array
 
-PIECE = 1024  # numbers of a load by all threads of a block
+PIECE = 1024  # numbers of which each thread of a block has one load
 TOGETHER = (8, 4, 2, 1)  # pieces on their way at a time, the first that comes out even
 ENTRIES = 2**20  # of all arrays; fewer are not worth a kernel of their own
 
@@ -61,22 +61,23 @@ stack.defvjp(_forward, _backward)
 def _stack(arrays: Sequence[Array], interpret: Any) -> Array:
     pallas, gpu = hopper.pallas()
     shape, dtype, size = arrays[0].shape, arrays[0].dtype, arrays[0].size
-    together = next(count for count in TOGETHER if size % (count * PIECE) == 0)
-    layout = gpu.Layout.WG_STRIDED((PIECE,), vec_size=8)
+    entries = next(count * PIECE for count in TOGETHER if size % (count * PIECE) == 0)
+    layout = gpu.Layout.WG_STRIDED((entries,), vec_size=8)
 
     def kernel(*refs):  # type: ignore[no-untyped-def]
         *given, out_ref = refs
         part, number = lax.axis_index("parts"), lax.axis_index("arrays")
-        places = [pallas.ds((part * together + k) * PIECE, PIECE) for k in range(together)]
+        place = pallas.ds(part * entries, entries)
         for index, ref in enumerate(given):
 
             @pallas.when(number == index)
             def _(ref=ref, index=index):  # type: ignore[no-untyped-def]
-                pieces = [gpu.load(ref.at[place], layout=layout) for place in places]
-                for place, piece in zip(places, pieces, strict=True):
-                    out_ref.at[index][place] = piece
+                # In one operation: what Pallas takes to lower a kernel grows with the square of their number.
+                out_ref.at[index][place] = gpu.load(ref.at[place], layout=layout)
+                # Behind it LLVM can't put the branches' accesses together, of whose alignment it would know nothing: two bytes each.
+                gpu.wait_smem_to_gmem(0)
 
     launch = hopper.row_blocks(1, interpret, barriers=False)
-    launch |= {"grid": (size // (together * PIECE), len(arrays)), "grid_names": ("parts", "arrays")}
+    launch |= {"grid": (size // entries, len(arrays)), "grid_names": ("parts", "arrays")}
     out = jax.ShapeDtypeStruct((len(arrays), size), dtype)
     return gpu.kernel(kernel, out_type=out, **launch)(*(array.reshape(size) for array in arrays)).reshape(-1, *shape)

@@ -28,16 +28,11 @@ from prenorm_jax.models.config import require, require_one_of
 from prenorm_jax.training import sharding
 from prenorm_jax.training.experiment import Mesh
 from prenorm_jax.training.results import save_beside
-from prenorm_jax.training.step import compiler_options, init_state, make_train_step
+from prenorm_jax.training.step import combined, compiler_options, init_state, make_train_step
 
 BAR = 1.04
 BY_ITSELF = "each by itself"  # a control
 MESHES = ("data", "fsdp", "tensor")
-
-
-def _buckets(size: int) -> dict[str, Any]:
-    kinds = ("all_reduce", "all_gather", "reduce_scatter")
-    return {f"xla_gpu_{kind}_combine_threshold_bytes": size for kind in kinds}
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -46,13 +41,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "overlap": {"xla_gpu_enable_latency_hiding_scheduler": True},
     "serial": {"xla_gpu_enable_latency_hiding_scheduler": False},
     # How many bytes of gradients are exchanged at once: less starts earlier, more wastes less.
-    "one-piece": _buckets(2**31),
-    "buckets": _buckets(2**25),
-    "small-buckets": _buckets(2**23),
-    "tiny-buckets": _buckets(2**21),
+    "one-piece": combined(2**31),
+    "buckets": combined(2**25),
+    "small-buckets": combined(2**23),
+    "tiny-buckets": combined(2**21),
     # Parts of what step.MESH_OPTIONS and step.BETWEEN_HOSTS have: gradients summed where they lie, a layer of ViT-B's at a time.
     "in-place": {"xla_disable_hlo_passes": "all-reduce-contiguous"},
-    "layer-buckets": _buckets(2**24),
+    "layer-buckets": combined(2**24),
     # As XLA does it by itself: gradients are copied into one buffer and summed there.
     "contiguous": {"xla_disable_hlo_passes": ""},
     # How many multiprocessors an exchange takes from what runs beside it.

@@ -223,7 +223,7 @@ def run(
     for index in range(len(layers)):
         # Only cuts of a stack: what is a leaf of its own would be copied, and held until the backward pass.
         if isinstance(blocks, Block) and index + 1 < len(layers):
-            layers[index + 1], (x, written) = placement.in_turn(layers[index + 1], (x, written))
+            layers[index + 1], (x, written) = placement.in_turn(layers[index + 1], (x, written), len(layers))
         if remat:  # one array is held for a block, not two
             x, written = add(x, written), NOTHING
         of_layer = tuple(None if each is None else each[index] for each in (cache, scales))

@@ -37,20 +37,24 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def combined(size: int) -> dict[str, Any]:
+    """XLA's options that put up to so many bytes of one kind of exchange between devices together."""
+    kinds = ("all_reduce", "all_gather", "reduce_scatter")
+    return {f"xla_gpu_{kind}_combine_threshold_bytes": size for kind in kinds}
+
+
 # Those that pay besides on several devices (docs/scale.md).
 MESH_OPTIONS: dict[str, dict[str, Any]] = {
     "gpu": {
         # Gradients are summed where they lie; the pass puts them into one buffer first, a copy there and one back.
         "xla_disable_hlo_passes": "all-reduce-contiguous",
-        # What is gathered or scattered at once is about a layer of ViT-B or GPT Small, 14 MB.
-        "xla_gpu_all_gather_combine_threshold_bytes": 2**24,
-        "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**24,
-        # Gradients of whole weights are summed in one go: between the devices of one host that takes less than it takes from the products
-        # that it would run beside. Between hosts it takes longer, and a layer at a time is summed while the next is computed.
-        "xla_gpu_all_reduce_combine_threshold_bytes": 2**31,
+        # What may be gathered, scattered or summed together is (`placement.in_turn` says what may not): between the devices of one host
+        # that takes less than it takes from the products that it would run beside.
+        **combined(2**31),
     },
 }
-BETWEEN_HOSTS: dict[str, dict[str, Any]] = {"gpu": {"xla_gpu_all_reduce_combine_threshold_bytes": 2**24}}
+# Between hosts it takes longer, and about a layer of ViT-B or GPT Small, 14 MB, is exchanged while the next is computed.
+BETWEEN_HOSTS: dict[str, dict[str, Any]] = {"gpu": combined(2**24)}
 
 
 @functools.cache
