@@ -9,6 +9,7 @@ A form passes if the losses of its timed step miss the reference's by at most `A
 steps. The negative control is plain with a learning rate a tenth higher: it has to miss by more than that.
 """
 
+import concurrent.futures
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
@@ -19,21 +20,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from prenorm_jax import models
+from prenorm_jax.measure import step_time
 from prenorm_jax.measure.equivalence import FORMS, PRE_LN, Config
 from prenorm_jax.measure.works import Work
 from prenorm_jax.models.config import require
 from prenorm_jax.training.experiment import Optimizer
 from prenorm_jax.training.optimizer import make_optimizer
 from prenorm_jax.training.results import save_beside
-from prenorm_jax.training.step import init_state, make_train_step
+from prenorm_jax.training.step import State, init_state, make_train_step
 
 ALLOWED = 2.0
 BATCHES = 8  # so few that they are learnt by heart
 LEARNING_RATE = 1e-3
 
 
-def measure(work: Work, steps: int, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(work: Work, steps: int, say: Callable[[str], None], threads: int = 1) -> dict[str, Any]:
     """The losses of every trajectory, by its name. What `table` prints and `passes` judges.
+
+    Args:
+      threads: how many programs are compiled at a time, while those that are ready run.
 
     Raises: ConfigError for a work that does not train, or too few steps to warm up.
     """
@@ -41,7 +46,7 @@ def measure(work: Work, steps: int, say: Callable[[str], None]) -> dict[str, Any
     require(steps >= 20, "--steps", steps, "20 or more")
     plain = PRE_LN.of(work.model, attention="xla", scan_layers=False, unroll=False)
     params = jax.tree.map(np.asarray, models.init(plain, 0))
-    batches = [work.data(seed) for seed in range(BATCHES)]
+    batches = [jax.device_put(work.data(seed)) for seed in range(BATCHES)]
     # name -> config, precision of products, learning rate
     trajectories: dict[str, tuple[Config, str, float]] = {
         "reference": (dataclasses.replace(plain, dtype="float32"), "highest", LEARNING_RATE),
@@ -50,10 +55,14 @@ def measure(work: Work, steps: int, say: Callable[[str], None]) -> dict[str, Any
         "control": (plain, "default", 1.1 * LEARNING_RATE),
     }
     losses = {}
-    for name, (config, precision, rate) in trajectories.items():
-        with jax.default_matmul_precision(precision):
-            losses[name] = _train(work, config, params, batches, steps, rate)
-        say(f"{name}: loss {losses[name][0]:.4f} to {losses[name][-1]:.4f}")
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        ready = {
+            name: pool.submit(_start, work, config, precision, params, steps, rate)
+            for name, (config, precision, rate) in trajectories.items()
+        }
+        for name in trajectories:
+            losses[name] = _train(*ready.pop(name).result(), batches, steps)
+            say(f"{name}: loss {losses[name][0]:.4f} to {losses[name][-1]:.4f}")
     return {
         "tracked": work.key,
         "device": jax.devices()[0].device_kind,
@@ -62,16 +71,19 @@ def measure(work: Work, steps: int, say: Callable[[str], None]) -> dict[str, Any
     }
 
 
-def _train(
-    work: Work, config: Config, params: Any, batches: list[dict[str, np.ndarray]], steps: int, rate: float
-) -> list[float]:
+def _start(work: Work, config: Config, precision: str, params: Any, steps: int, rate: float) -> tuple[Any, State]:
+    """A compiled step, and the state before the first one, on the host."""
     tx = make_optimizer(Optimizer(learning_rate=rate, warmup_steps=steps // 10), steps)
-    step = make_train_step(config, work.task, tx, coordinates="pre_ln")
-    stored = models.stack_layers(params) if config.scan_layers else params
-    state = init_state(jax.tree.map(jnp.array, stored), tx)
-    found = []
+    state = init_state(models.stack_layers(params) if config.scan_layers else params, tx)
+    with jax.default_matmul_precision(precision):
+        step, _ = step_time.compiled(make_train_step(config, work.task, tx, coordinates="pre_ln"), state, work.data())
+    return step, jax.tree.map(np.asarray, state)
+
+
+def _train(step: Any, state: State, batches: list[dict[str, Any]], steps: int) -> list[float]:
+    state, found = jax.tree.map(jnp.array, state), []
     for index in range(steps):
-        state, values = step(state, jax.tree.map(jnp.asarray, batches[index % len(batches)]))
+        state, values = step(state, batches[index % len(batches)])
         found.append(values["loss"])
     return [float(loss) for loss in jax.device_get(found)]
 
