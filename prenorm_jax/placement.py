@@ -45,7 +45,7 @@ POSITIONS: Place = (PartitionSpec(FSDP, None),)
 PATCHES: Place = (PartitionSpec(FSDP, None, None, None),)
 UNSPLIT: Place = (WHOLE,)
 AT_ONCE = 2**29
-"""Bytes of weights: up to so many a device gathers of all layers together (ViT-B has 170 MB of them); of more, a layer at a time."""
+"""Up to so many bytes of whole weights are gathered together for all layers (ViT-B's are 170 MB); of more, for a layer at a time."""
 
 
 @contextlib.contextmanager

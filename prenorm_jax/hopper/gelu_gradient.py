@@ -22,17 +22,18 @@ Array = jax.Array
 TILE = 128  # rows and columns of dz that a warpgroup has at a time
 STEP = 64  # of the sum over D: a row of shared memory, 128 bytes
 STAGES = 5  # steps on their way at a time
-MULTIPROCESSORS = 132
+MULTIPROCESSORS = 132  # of a full card; one with fewer runs the last blocks behind the others
 ENTRIES = 2**23  # of z; with fewer there are not tiles enough to take turns
 CUBIC = 0.044715
 ROOT = math.sqrt(2 / math.pi)
 
 
-def served(z: Array, outputs: int) -> bool:
-    """Whether the kernel can take the gradient of z (N, F), behind which `outputs` numbers are written, with each device's own part."""
-    half = z.dtype in (jnp.bfloat16, jnp.float16)
+def served(z: Array, matrix: Array) -> bool:
+    """Whether the kernel can take the gradient of z (N, F), behind which a matrix (F, D) stands, with each device's own part of both."""
+    if z.ndim != 2 or not z.dtype == matrix.dtype == jnp.bfloat16:
+        return False
     own = placement.own(z.shape[0]), placement.own(z.shape[1], (placement.TENSOR,))
-    return half and fits(*own, outputs) and hopper.available()
+    return fits(*own, matrix.shape[1]) and hopper.available()
 
 
 def fits(rows: int, width: int, outputs: int) -> bool:
@@ -43,10 +44,11 @@ def fits(rows: int, width: int, outputs: int) -> bool:
 # Under jit, so that a model of many layers lowers the kernel once.
 @functools.partial(jax.jit, static_argnames=("interpret",))
 def gelu_gradient(dy: Array, matrix: Array, z: Array, *, interpret: Any = False) -> Array:
-    """(dy matrix^T) gelu'(z), of the GELU's tanh form: (N, F) in z's dtype. The product and the slope are float32, and rounded once.
+    """(dy matrix^T) gelu'(z), of the GELU's tanh form: (N, F) in z's dtype. The product is float32, the slope too but for its tanh, which
+    is one instruction (2^-11 at most); what comes of both is rounded once.
 
     Args:
-      dy: (N, D); matrix: (F, D); z: (N, F): of one half precision, N and F multiples of 128, D of 64.
+      dy: (N, D); matrix: (F, D); z: (N, F): bfloat16, N and F multiples of 128, D of 64.
       interpret: False, or the parameters of Pallas's interpreter, which runs without a GPU.
     """
     (rows, outputs), (width, _) = dy.shape, matrix.shape

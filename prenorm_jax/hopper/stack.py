@@ -15,7 +15,7 @@ from prenorm_jax import hopper
 
 Array = jax.Array
 
-PIECE = 1024  # numbers of which each thread of a block has one load
+PIECE = 1024  # numbers that a thread block loads at once, 8 by each of 128 threads
 TOGETHER = (8, 4, 2, 1)  # pieces on their way at a time, the first that comes out even
 ENTRIES = 2**20  # of all arrays; fewer are not worth a kernel of their own
 

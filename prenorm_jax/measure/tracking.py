@@ -55,7 +55,8 @@ def measure(work: Work, steps: int, say: Callable[[str], None], threads: int = 1
         "control": (plain, "default", 1.1 * LEARNING_RATE),
     }
     losses = {}
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    try:
         ready = {
             name: pool.submit(_start, work, config, precision, params, steps, rate)
             for name, (config, precision, rate) in trajectories.items()
@@ -63,6 +64,8 @@ def measure(work: Work, steps: int, say: Callable[[str], None], threads: int = 1
         for name in trajectories:
             losses[name] = _train(*ready.pop(name).result(), batches, steps)
             say(f"{name}: loss {losses[name][0]:.4f} to {losses[name][-1]:.4f}")
+    finally:
+        pool.shutdown(cancel_futures=True)
     return {
         "tracked": work.key,
         "device": jax.devices()[0].device_kind,

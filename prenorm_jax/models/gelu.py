@@ -1,4 +1,4 @@
-"""The GELU of Hendrycks and Gimpel (2016), in its two forms, with gradients that keep the input alone.
+"""The GELU of Hendrycks and Gimpel (2016), in its two forms, with gradients that keep the input alone; and its product with a matrix.
 
 With u = sqrt(2/pi) (x + 0.044715 x^3), the "tanh" form is written with one exponential, since (1 + tanh u) / 2 = 1 / (1 + exp(-2u)):
 
@@ -65,7 +65,7 @@ def product(z: Array, matrix: Array, form: str = "tanh") -> Array:
     >>> product(jnp.array([[-1.0, 1.0]]), jnp.eye(2))
     Array([[-0.158808,  0.841192]], dtype=float32)
     """
-    if form == "tanh" and gelu_gradient.served(z, matrix.shape[1]):
+    if form == "tanh" and gelu_gradient.served(z, matrix):
         return _product(z, matrix)
     return _scoped(z, form) @ matrix
 

@@ -48,9 +48,9 @@ MESH_OPTIONS: dict[str, dict[str, Any]] = {
     "gpu": {
         # Gradients are summed where they lie; the pass puts them into one buffer first, a copy there and one back.
         "xla_disable_hlo_passes": "all-reduce-contiguous",
-        # What may be gathered, scattered or summed together is (`placement.in_turn` says what may not): between the devices of one host
-        # that takes less than it takes from the products that it would run beside.
-        **combined(2**31),
+        # Exchanges go together, up to a size: between the devices of one host that costs less than going beside products.
+        # `placement.in_turn` keeps the layers of larger models apart, where they are stacked.
+        **combined(placement.AT_ONCE),
     },
 }
 # Between hosts it takes longer, and about a layer of ViT-B or GPT Small, 14 MB, is exchanged while the next is computed.
