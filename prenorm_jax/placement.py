@@ -124,7 +124,8 @@ def in_turn(ahead: Any, branch: Any, layers: int) -> tuple[Any, Any]:
     waits: together is faster then (docs/scale.md).
     """
     few = layers * sum(leaf.nbytes for leaf in jax.tree.leaves(ahead)) <= AT_ONCE and jax.process_count() == 1
-    return (ahead, branch) if few or sizes().get(FSDP, 1) == 1 else _in_turn(ahead, branch)
+    whole = sizes().get(FSDP, 1) == 1
+    return (ahead, branch) if whole or few else _in_turn(ahead, branch)
 
 
 @jax.custom_vjp

@@ -10,6 +10,8 @@ import jax
 
 from prenorm_jax import placement
 
+MULTIPROCESSORS = 132  # of an H100 or H200; on a card with fewer, the last thread blocks run behind the others
+
 
 def available() -> bool:
     """Whether the devices are GPUs of compute capability 9.0: those of the mesh in force (`prenorm_jax.placement`), or this process's one.

@@ -19,7 +19,7 @@ Array = jax.Array
 
 PIECE = 1024  # logits of a load by all threads of a block
 TOGETHER = 7  # pieces on their way at a time
-BLOCKS = 132 * 8
+BLOCKS = 8 * hopper.MULTIPROCESSORS
 LOWEST = -1e30  # below every logit; its exponential is zero, and it takes part in differences, as -inf could not
 LOG2_E = math.log2(math.e)
 

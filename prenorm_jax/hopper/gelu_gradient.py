@@ -22,10 +22,8 @@ Array = jax.Array
 TILE = 128  # rows and columns of dz that a warpgroup has at a time
 STEP = 64  # of the sum over D: a row of shared memory, 128 bytes
 STAGES = 5  # steps on their way at a time
-MULTIPROCESSORS = 132  # of a full card; one with fewer runs the last blocks behind the others
 ENTRIES = 2**23  # of z; with fewer there are not tiles enough to take turns
-CUBIC = 0.044715
-ROOT = math.sqrt(2 / math.pi)
+CUBIC, ROOT = 0.044715, math.sqrt(2 / math.pi)  # of the tanh form
 
 
 def served(z: Array, matrix: Array) -> bool:
@@ -55,7 +53,7 @@ def gelu_gradient(dy: Array, matrix: Array, z: Array, *, interpret: Any = False)
     pallas, gpu = hopper.pallas()
     across, steps = width // TILE, outputs // STEP
     tiles = rows // TILE * across
-    blocks = min(MULTIPROCESSORS, tiles)
+    blocks = min(hopper.MULTIPROCESSORS, tiles)
 
     def kernel(  # type: ignore[no-untyped-def]
         dy_ref, matrix_ref, z_ref, dz_ref, dy_smem, matrix_smem, z_smem, loaded, consumed, z_loaded, z_consumed

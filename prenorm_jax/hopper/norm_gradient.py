@@ -73,7 +73,7 @@ def norm_gradient(
     pallas, gpu = hopper.pallas()
     layout = _row_layout(width)
     tiles = rows // WARPS
-    blocks = min(132 * (4 if width >= 512 else 6), tiles)
+    blocks = min(hopper.MULTIPROCESSORS * (4 if width >= 512 else 6), tiles)
     arguments = [array for array in (x, dn, dbranch, scale) if array is not None]
 
     def kernel(*refs):  # type: ignore[no-untyped-def]

@@ -21,8 +21,7 @@ from prenorm_jax import placement
 from prenorm_jax.hopper import gelu_gradient
 
 Array = jax.Array
-_CUBIC = 0.044715
-_TWICE = 2 * math.sqrt(2 / math.pi)
+_CUBIC, _TWICE = gelu_gradient.CUBIC, 2 * gelu_gradient.ROOT
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

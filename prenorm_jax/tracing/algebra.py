@@ -12,15 +12,7 @@ from typing import Any
 
 from prenorm_jax.tracing import polynomials as P
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import (
-    Axes,
-    is_float,
-    is_var,
-    name_of,
-    names,
-    scalar_value,
-    shape_of,
-)
+from prenorm_jax.tracing.jaxprs import Axes, is_float, is_var, name_of, names, scalar_value, shape_of
 from prenorm_jax.tracing.rules import ConstantAlong
 
 FREE = -1

@@ -20,17 +20,7 @@ import numpy as np
 
 from prenorm_jax.tracing.float64 import evaluate64
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import (
-    Program,
-    bind,
-    bodies_in,
-    is_float,
-    is_var,
-    name_of,
-    names,
-    shape_of,
-    sub_program,
-)
+from prenorm_jax.tracing.jaxprs import Program, bind, bodies_in, is_float, is_var, name_of, names, shape_of, sub_program
 from prenorm_jax.tracing.normal_form import normalize
 from prenorm_jax.tracing.shift import Shifts
 from prenorm_jax.tracing.sites import find_sites

@@ -13,14 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import (
-    is_float,
-    is_var,
-    name_of,
-    names,
-    scalar_value,
-    shape_of,
-)
+from prenorm_jax.tracing.jaxprs import is_float, is_var, name_of, names, scalar_value, shape_of
 from prenorm_jax.tracing.rules import ConstantAlong, rule_for
 
 STRUCTURAL = names(

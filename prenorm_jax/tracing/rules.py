@@ -17,15 +17,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from prenorm_jax.tracing.flow import Flow
-from prenorm_jax.tracing.jaxprs import (
-    Axes,
-    is_float,
-    is_var,
-    name_of,
-    names,
-    scalar_value,
-    shape_of,
-)
+from prenorm_jax.tracing.jaxprs import Axes, is_float, is_var, name_of, names, scalar_value, shape_of
 
 
 class Facts(Protocol):
