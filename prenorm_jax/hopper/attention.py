@@ -8,6 +8,9 @@ its own gradient, then each block of 64 keys makes theirs, the probabilities bei
 Shapes: B batch, L rows of a sequence, of which the first `length` are seen; H heads, K = 64 head width. Tables of an example's head lie
 one below the other in shared memory, L rows each; a product over more rows than L runs on into the next one, whose numbers are finite
 and meet probabilities of zero.
+
+Queries, keys and values come in three arrays, or in one in which those of a head lie side by side, as one product makes them. The
+kernels read and write either, so that nothing is cut or put together for them.
 """
 
 import functools
@@ -36,54 +39,66 @@ def served(dtype: Any, head_width: int, queries: int, keys: int) -> bool:
     return half and head_width == HEAD_WIDTH and short and hopper.available()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def attend(q: Array, k: Array, v: Array, length: int, interpret: Any = False) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def attend(qkv: tuple[Array, ...], length: int, interpret: Any = False) -> Array:
     """softmax(q k^T / sqrt(K)) v over the first `length` keys.
 
     Args:
-      q, k, v: (B, L, H, 64) bfloat16 or float16, L a multiple of 8 from 64 to 200.
+      qkv: queries, keys and values, (B, L, H, 64) each, or one array (B, L, H, 3 * 64) of all: bfloat16 or float16, L a multiple of 8
+        from 64 to 200.
       interpret: False, or the parameters of Pallas's interpreter, which runs without a GPU.
 
     Returns: (B, L, H, 64); rows from `length` on attend as well.
     Raises: ValueError for other shapes.
     """
-    rows, width = q.shape[1], q.shape[3]
-    if not q.shape == k.shape == v.shape or width != HEAD_WIDTH or rows % ROWS or not LENGTHS[0] <= rows <= LENGTHS[1]:
+    rows, width = qkv[0].shape[1], 3 * HEAD_WIDTH // len(qkv)
+    alike = all(each.shape == (*qkv[0].shape[:3], width) for each in qkv)
+    if len(qkv) not in (1, 3) or not alike or rows % ROWS or not LENGTHS[0] <= rows <= LENGTHS[1]:
         raise ValueError(
-            f"hopper attention: got queries {q.shape}, keys {k.shape}; expected one shape (batch, rows, heads, {HEAD_WIDTH}) with "
-            f"{LENGTHS[0]} to {LENGTHS[1]} rows, a multiple of {ROWS}; model.attention=auto chooses what serves"
+            f"hopper attention: got queries, keys and values {', '.join(str(each.shape) for each in qkv)}; expected three of one shape "
+            f"(batch, rows, heads, {HEAD_WIDTH}), or one array (batch, rows, heads, {3 * HEAD_WIDTH}), with {LENGTHS[0]} to {LENGTHS[1]} "
+            f"rows, a multiple of {ROWS}; model.attention=auto chooses what serves"
         )
-    return _forward(q, k, v, length, interpret)[0]
+    return _forward(qkv, length, interpret)[0]
 
 
-def _attend_forward(q: Array, k: Array, v: Array, length: int, interpret: Any) -> tuple[Array, Any]:
-    out, log_sums = _forward(q, k, v, length, interpret)
-    return out, (q, k, v, out, log_sums)
+def _attend_forward(qkv: tuple[Array, ...], length: int, interpret: Any) -> tuple[Array, Any]:
+    out, log_sums = _forward(qkv, length, interpret)
+    return out, (qkv, out, log_sums)
 
 
-def _attend_backward(length: int, interpret: Any, residuals: Any, dout: Array) -> tuple[Array, Array, Array]:
-    q, k, v, out, log_sums = residuals
-    return _backward(q, k, v, out, log_sums, dout, length, interpret)
+def _attend_backward(length: int, interpret: Any, residuals: Any, dout: Array) -> tuple[tuple[Array, ...]]:
+    return (_backward(*residuals, dout, length, interpret),)
 
 
 attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _parts(refs: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Where queries, keys and values are: a reference and columns of it, for each of the three."""
+    pallas, _ = hopper.pallas()
+    if len(refs) == 3:
+        return [(ref, pallas.ds(0, HEAD_WIDTH)) for ref in refs]
+    return [(refs[0], pallas.ds(part * HEAD_WIDTH, HEAD_WIDTH)) for part in range(3)]
+
+
 # Under jit, so that a model of many layers lowers each kernel once.
 @functools.partial(jax.jit, static_argnames=("length", "interpret"))
-def _forward(q: Array, k: Array, v: Array, length: int, interpret: Any) -> tuple[Array, Array]:
+def _forward(qkv: tuple[Array, ...], length: int, interpret: Any) -> tuple[Array, Array]:
     """Attention, and the base-2 logarithms (B, H, L) of the sums of exponentials, float32."""
-    batch, rows, heads, width = q.shape
+    (batch, rows, heads, _), dtype, width = qkv[0].shape, qkv[0].dtype, HEAD_WIDTH
     scale = math.log2(math.e) / math.sqrt(width)
     pallas, gpu = hopper.pallas()
     # V comes first: what follows it are numbers as well.
     v_at, q_at, k_at, out_at = (rows * table for table in range(4))
     chunks = list(_chunks(rows, 64))
 
-    def kernel(q_ref, k_ref, v_ref, out_ref, log_sums_ref, smem, log_sums_smem, qk_loaded, v_loaded):  # type: ignore[no-untyped-def]
+    def kernel(*refs):  # type: ignore[no-untyped-def]
+        qkv_refs, (out_ref, log_sums_ref, smem, log_sums_smem, qk_loaded, v_loaded) = refs[: len(qkv)], refs[len(qkv) :]
         example, head = lax.axis_index("batch"), lax.axis_index("heads")
-        for ref, at, loaded in ((q_ref, q_at, qk_loaded), (k_ref, k_at, qk_loaded), (v_ref, v_at, v_loaded)):
-            gpu.copy_gmem_to_smem(ref.at[example, :, head], smem.at[pallas.ds(at, rows)], loaded)
+        places = ((q_at, qk_loaded), (k_at, qk_loaded), (v_at, v_loaded))
+        for (ref, columns), (at, loaded) in zip(_parts(qkv_refs), places, strict=True):
+            gpu.copy_gmem_to_smem(ref.at[example, :, head, columns], smem.at[pallas.ds(at, rows)], loaded)
         outgoing = smem.at[pallas.ds(out_at, BLOCK)]
         gpu.barrier_wait(qk_loaded)
         for number, start in enumerate(_blocks(rows)):
@@ -104,12 +119,12 @@ def _forward(q: Array, k: Array, v: Array, length: int, interpret: Any) -> tuple
 
             def mix(total, p=p):  # type: ignore[no-untyped-def]
                 for part, (first, count) in zip(p, chunks, strict=True):
-                    gpu.wgmma(total, part.astype(q.dtype), smem.at[pallas.ds(v_at + first, count)])
+                    gpu.wgmma(total, part.astype(dtype), smem.at[pallas.ds(v_at + first, count)])
                 return total[...]
 
             out = pallas.run_scoped(mix, gpu.ACC((BLOCK, width), jnp.float32))
             gpu.wait_smem_to_gmem(0, wait_read_only=True)
-            outgoing[...] = (out / _columns(norm, out)).astype(q.dtype)
+            outgoing[...] = (out / _columns(norm, out)).astype(dtype)
             log_sums_smem[pallas.ds(start, BLOCK)] = top + jnp.log(norm) * math.log2(math.e)
             gpu.commit_smem()
             gpu.copy_smem_to_gmem(outgoing, out_ref.at[example, pallas.ds(start, BLOCK), head])
@@ -118,24 +133,24 @@ def _forward(q: Array, k: Array, v: Array, length: int, interpret: Any) -> tuple
 
     return gpu.kernel(
         kernel,
-        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32)),
+        out_type=(jax.ShapeDtypeStruct((batch, rows, heads, width), dtype), jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32)),
         scratch_types=[
-            _tables(3 * rows + BLOCK, width, q.dtype, swizzle=128),
+            _tables(3 * rows + BLOCK, width, dtype, swizzle=128),
             gpu.SMEM((rows,), jnp.float32),
             gpu.Barrier(num_arrivals=2),
             gpu.Barrier(),
         ],
         **_launch(batch, heads, interpret),
-    )(q, k, v)
+    )(*qkv)
 
 
 @functools.partial(jax.jit, static_argnames=("length", "interpret"))
 def _backward(
-    q: Array, k: Array, v: Array, out: Array, log_sums: Array, dout: Array, length: int, interpret: Any
-) -> tuple[Array, Array, Array]:
-    """The gradients of q, k and v. With P the probabilities, dP = dO V^T and delta = rowsum(dO * O): dS = P * (dP - delta),
+    qkv: tuple[Array, ...], out: Array, log_sums: Array, dout: Array, length: int, interpret: Any
+) -> tuple[Array, ...]:
+    """The gradients of q, k and v, as these come. With P the probabilities, dP = dO V^T and delta = rowsum(dO * O): dS = P * (dP - delta),
     dQ = dS K / sqrt(K), dK = dS^T Q / sqrt(K), dV = P^T dO."""
-    batch, rows, heads, width = q.shape
+    (batch, rows, heads, width), dtype, arrays = out.shape, out.dtype, len(qkv)
     scale = math.log2(math.e) / math.sqrt(width)
     pallas, gpu = hopper.pallas()
     delta = jnp.einsum("blhk,blhk->bhl", out.astype(jnp.float32), dout.astype(jnp.float32))
@@ -144,34 +159,26 @@ def _backward(
     chunks = list(_chunks(rows, 32))
     padded = max(first + count for first, count in chunks)
 
-    def kernel(  # type: ignore[no-untyped-def]
-        q_ref,
-        k_ref,
-        v_ref,
-        dout_ref,
-        log_sums_ref,
-        delta_ref,
-        dq_ref,
-        dk_ref,
-        dv_ref,
-        smem,
-        log_sums_smem,
-        delta_smem,
-        loaded,
-    ):
+    def kernel(*refs):  # type: ignore[no-untyped-def]
+        given, (dout_ref, log_sums_ref, delta_ref), rest = refs[:arrays], refs[arrays : arrays + 3], refs[arrays + 3 :]
+        made, (smem, log_sums_smem, delta_smem, loaded) = rest[:arrays], rest[arrays:]
         example, head = lax.axis_index("batch"), lax.axis_index("heads")
-        for ref, at in ((k_ref, k_at), (q_ref, q_at), (v_ref, v_at), (dout_ref, dout_at)):
-            gpu.copy_gmem_to_smem(ref.at[example, :, head], smem.at[pallas.ds(at, rows)], loaded)
+        tables = [(ref.at[example, :, head, columns], at) for (ref, columns), at in zip(_parts(given), (q_at, k_at, v_at), strict=True)]
+        for ref, at in (*tables, (dout_ref.at[example, :, head], dout_at)):
+            gpu.copy_gmem_to_smem(ref, smem.at[pallas.ds(at, rows)], loaded)
         for ref, vector in ((log_sums_ref, log_sums_smem), (delta_ref, delta_smem)):
             gpu.copy_gmem_to_smem(ref.at[example, head], vector.at[pallas.ds(0, rows)], loaded)
         gpu.barrier_wait(loaded)
         outgoing = smem.at[pallas.ds(gradient_at, BLOCK)]
 
-        def store(value, ref, start):  # type: ignore[no-untyped-def]
+        dq_part, dk_part, dv_part = _parts(made)
+
+        def store(value, part, start):  # type: ignore[no-untyped-def]
+            ref, columns = part
             gpu.wait_smem_to_gmem(0, wait_read_only=True)
-            outgoing[...] = value.astype(q.dtype)
+            outgoing[...] = value.astype(dtype)
             gpu.commit_smem()
-            gpu.copy_smem_to_gmem(outgoing, ref.at[example, pallas.ds(start, BLOCK), head])
+            gpu.copy_smem_to_gmem(outgoing, ref.at[example, pallas.ds(start, BLOCK), head, columns])
 
         def scores_and_dp(s_at, dp_at, s_by, dp_by, count):  # type: ignore[no-untyped-def]
             def products(s, dp):  # type: ignore[no-untyped-def]
@@ -192,10 +199,10 @@ def _backward(
                 ds = _where_seen(ds, (first, count), length, 0)
 
                 def add_dq(total, ds=ds, first=first, count=count):  # type: ignore[no-untyped-def]
-                    gpu.wgmma(total, ds.astype(q.dtype), smem.at[pallas.ds(k_at + first, count)])
+                    gpu.wgmma(total, ds.astype(dtype), smem.at[pallas.ds(k_at + first, count)])
 
                 dq = pallas.run_state(add_dq)(gpu.ACC.init(dq))
-            store(dq / math.sqrt(width), dq_ref, start)
+            store(dq / math.sqrt(width), dq_part, start)
 
         for start in _blocks(rows):
             dk, dv = _zeros(width), _zeros(width)
@@ -209,26 +216,26 @@ def _backward(
                 p, ds = (_where_seen(part, (first, count), rows, 0) for part in (p, ds))
 
                 def add_dv_dk(totals, p=p, ds=ds, first=first, count=count):  # type: ignore[no-untyped-def]
-                    gpu.wgmma(totals[0], p.astype(q.dtype), smem.at[pallas.ds(dout_at + first, count)])
-                    gpu.wgmma(totals[1], ds.astype(q.dtype), smem.at[pallas.ds(q_at + first, count)])
+                    gpu.wgmma(totals[0], p.astype(dtype), smem.at[pallas.ds(dout_at + first, count)])
+                    gpu.wgmma(totals[1], ds.astype(dtype), smem.at[pallas.ds(q_at + first, count)])
 
                 dv, dk = pallas.run_state(add_dv_dk)((gpu.ACC.init(dv), gpu.ACC.init(dk)))
             dv, dk = (_where_row_seen(part, start, length) for part in (dv, dk))
-            store(dv, dv_ref, start)
-            store(dk / math.sqrt(width), dk_ref, start)
+            store(dv, dv_part, start)
+            store(dk / math.sqrt(width), dk_part, start)
         gpu.wait_smem_to_gmem(0)
 
     return gpu.kernel(
         kernel,
-        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype),) * 3,
+        out_type=tuple(jax.ShapeDtypeStruct(each.shape, dtype) for each in qkv),
         scratch_types=[
-            _tables(4 * rows + BLOCK, width, q.dtype, swizzle=64),
+            _tables(4 * rows + BLOCK, width, dtype, swizzle=64),
             gpu.SMEM((padded,), jnp.float32),
             gpu.SMEM((padded,), jnp.float32),
             gpu.Barrier(num_arrivals=6),
         ],
         **_launch(batch, heads, interpret),
-    )(q, k, v, dout, log_sums, delta)
+    )(*qkv, dout, log_sums, delta)
 
 
 def _launch(batch: int, heads: int, interpret: Any) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def predictions(experiment: Experiment, held_out: data.Examples, running: Tree) 
 
     @jax.jit
     def predict(running: Tree, batch: data.Batch) -> jax.Array:
-        logits, _ = models.apply(config, running, task.prepare(batch)["inputs"])
+        logits, _ = models.apply(config, running, task.prepare(batch)["inputs"], only_read=True)
         return (logits[..., : config.vocab_size] if isinstance(config, GPTConfig) else logits).argmax(-1)
 
     batches = data.eval_batches(held_out, settings.eval_batch_size, settings.eval_examples, experiment.data)

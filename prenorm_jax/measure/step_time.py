@@ -134,7 +134,7 @@ def inference_case(config: Config, running: Tree, inputs: Any) -> Case:
     inputs = jnp.asarray(inputs)
 
     def infer(carry: jax.Array, running: Tree, inputs: jax.Array) -> jax.Array:
-        logits, _ = models.apply(config, running, inputs + (carry * 0).astype(inputs.dtype))
+        logits, _ = models.apply(config, running, inputs + (carry * 0).astype(inputs.dtype), only_read=True)
         # A reduction over all logits, so that the whole of them is computed.
         return logits.max().astype(jnp.float32)
 

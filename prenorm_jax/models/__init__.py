@@ -132,7 +132,7 @@ def apply(config: Transformer, params: Tree, inputs: jax.Array, **kwargs: Any) -
     Args:
       params: as `running` returns them.
       inputs: (B, H, W, C) images or (B, L) tokens.
-      kwargs: of the model's call, such as `cache` and `position` of a GPT.
+      kwargs: of the model's call, such as `cache` and `position` of a GPT, or `only_read=True` for those who need logits alone.
 
     Raises: LayoutError for parameters of another model or chart, with the first leaf that differs.
     """

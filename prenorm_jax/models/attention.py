@@ -14,10 +14,14 @@ from flax import nnx
 from prenorm_jax import placement
 from prenorm_jax.hopper import attention as hopper
 from prenorm_jax.models.config import ATTENTIONS, Transformer, require_one_of
-from prenorm_jax.models.layers import Linear, Written, normal, reader_bias, shared
+from prenorm_jax.models.layers import Linear, Written, normal, read_together, reader_bias, shared
 from prenorm_jax.models.variants import Variant
 
 Array = jax.Array
+
+TOGETHER = 2**12
+"""From so many tokens on, one product makes queries, keys and values where a kernel takes them so: of fewer, three products cost less
+than to put their matrices together."""
 
 
 class Attention(nnx.Module):
@@ -32,21 +36,38 @@ class Attention(nnx.Module):
         self.value = linear(lanes, config.width, bias=bias)
         init = normal(1 / math.sqrt(2 * config.depth * config.width))
         self.out = linear(config.width, lanes, bias=config.bias, init=init, stored=placement.ROWS)
-        self.heads, self.causal, self.implementation = config.heads, causal, config.attention
+        self.heads, self.head_width = config.heads, config.head_width
+        self.causal, self.implementation = causal, config.attention
 
     @jax.named_scope("attention")
     def __call__(
-        self, n: Array, batch: int, cache: Any = None, position: Array | int = 0, length: int | None = None
+        self,
+        n: Array,
+        batch: int,
+        cache: Any = None,
+        position: Array | int = 0,
+        length: int | None = None,
+        read: int | None = None,
     ) -> tuple[Written, Any]:
         """Returns what it writes and, where a cache {"key", "value"} of (B, H, T, K) is given, that cache with these tokens in it.
 
-        Of each sequence the first `length` tokens are seen, or all of them.
+        Of each sequence the first `length` tokens are seen, or all of them; the first `read` write, or all of them.
         """
-        readers = (self.query, self.key, self.value)
-        q, k, v = (
-            reader(share).reshape(batch, -1, self.heads, reader.kernel.shape[-1] // self.heads)
-            for reader, share in zip(readers, shared(n, len(readers)), strict=True)
-        )
+        readers, heads = (self.query, self.key, self.value), (batch, -1, self.heads, self.head_width)
+        tokens = n.shape[0] // batch
+        kernel = None
+        if cache is None and read is None and not self.causal:
+            kernel = attention_kernel(self.implementation, n.dtype, self.head_width, tokens, tokens)
+        if kernel == "hopper" and n.shape[0] >= TOGETHER:
+            qkv = read_together(readers, n, self.heads).reshape(batch, tokens, self.heads, -1)
+            y = _attend_on_even_rows(kernel, (qkv,), causal=False, length=length)
+            return self.out.apart(y.reshape(n.shape[0], -1)), None
+        rows = [first_tokens(n, batch, read), n, n] if read else shared(n, len(readers))
+        q, k, v = (reader(share).reshape(heads) for reader, share in zip(readers, rows, strict=True))
+        if read and cache is None:
+            seen = None if length is None else (jnp.arange(tokens) < length)[None, None, None]
+            y = attend(q, k, v, mask=seen, implementation="xla")
+            return self.out.apart(y.reshape(batch * read, -1)), None
         if cache is not None:
             cache = {
                 name: jax.lax.dynamic_update_slice_in_dim(
@@ -86,7 +107,7 @@ def attend(
             "model.attention: hopper's kernels see every key; for causal attention choose auto, cudnn or xla"
         )
     if kernel != "xla":
-        return _attend_on_even_rows(kernel, q, k, v, causal=causal, length=length)
+        return _attend_on_even_rows(kernel, (q, k, v), causal=causal, length=length)
     if length is not None:
         seen = (jnp.arange(k.shape[1]) < length)[None, None, None]
         mask = seen if mask is None else mask & seen
@@ -126,22 +147,26 @@ def even_length(config: Transformer, length: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def _attend_on_even_rows(kernel: str, q: Array, k: Array, v: Array, *, causal: bool, length: int | None) -> Array:
-    queries = q.shape[1]
-    multiple = MULTIPLES[kernel]
+def first_tokens(x: Array, batch: int, count: int | None) -> Array:
+    """Of the tokens of `batch` sequences (B L, R) the first `count` of each, (B count, R); None: all."""
+    return x if count is None else x.reshape(batch, -1, x.shape[-1])[:, :count].reshape(batch * count, -1)
+
+
+def _attend_on_even_rows(kernel: str, qkv: tuple[Array, ...], *, causal: bool, length: int | None) -> Array:
+    """Attention in a kernel that takes some lengths alone. qkv: queries, keys and values, or one array of all where the kernel takes it."""
+    queries, keys, multiple = qkv[0].shape[1], qkv[-1].shape[1], MULTIPLES[kernel]
     if queries % multiple:
-        length = k.shape[1] if length is None else length
-        q, k, v = (jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)]) for x in (q, k, v))
+        length = keys if length is None else length
+        qkv = tuple(jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)]) for x in qkv)
     # The queries behind `length` attend as well: what nobody reads has to be finite all the same.
     if kernel == "hopper":
-        attend = functools.partial(_attend_on_hopper, length=k.shape[1] if length is None else length)
+        seen = qkv[-1].shape[1] if length is None else length
+
+        def attend(*qkv: Array) -> Array:
+            return hopper.attend(qkv, seen)
     else:
         attend = functools.partial(_attend_in_cudnn, causal=causal, length=length)
-    return placement.on_each_device(attend, (q, k, v), (placement.HEADS,) * 3, placement.HEADS)[:, :queries]
-
-
-def _attend_on_hopper(q: Array, k: Array, v: Array, *, length: int) -> Array:
-    return hopper.attend(q, k, v, length)
+    return placement.on_each_device(attend, qkv, (placement.HEADS,) * len(qkv), placement.HEADS)[:, :queries]
 
 
 def _attend_in_cudnn(q: Array, k: Array, v: Array, *, causal: bool, length: int | None) -> Array:

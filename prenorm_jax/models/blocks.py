@@ -17,7 +17,7 @@ from jax.experimental import layout
 from prenorm_jax import placement
 from prenorm_jax.hopper import stack
 from prenorm_jax.models import gelu
-from prenorm_jax.models.attention import Attention
+from prenorm_jax.models.attention import Attention, first_tokens
 from prenorm_jax.models.config import Transformer
 from prenorm_jax.models.layers import NOTHING, LayerScale, Linear, Norm, Written, add, normal, reader_bias
 from prenorm_jax.models.stochastic_depth import of_sample
@@ -66,12 +66,14 @@ class Block(nnx.Module):
         position: Array | int = 0,
         length: int | None = None,
         branch_scales: Array | None = None,
+        read: int | None = None,
     ) -> tuple[Array, Array, Written, Any]:
-        """Takes the main branch and what the block before it wrote; returns their sum, and the same two behind this block."""
+        """Takes the main branch and what the block before it wrote; returns their sum, and the same two behind this block: of all tokens,
+        or of the first `read` ones of each sequence."""
         before, n = self.norm1.behind(x, written)
-        written, cache = self.attn(n, batch, cache, position, length)
+        written, cache = self.attn(n, batch, cache, position, length, read)
         written = of_sample(written if self.scale1 is None else self.scale1(written), branch_scales, 0)
-        x, n = self.norm2.behind(before, written)
+        x, n = self.norm2.behind(first_tokens(before, batch, read), written)
         written = self.mlp(n)
         written = of_sample(written if self.scale2 is None else self.scale2(written), branch_scales, 1)
         return before, x, written, cache
@@ -182,7 +184,8 @@ def run(
     remat: str | None = None,
     branch_scales: Array | None = None,
     unroll: bool = False,
-) -> tuple[Array, Array, Any]:
+    read: int | None = None,
+) -> tuple[Array, Array | None, Any]:
     """Runs all blocks on the main branch x (N, R).
 
     Args:
@@ -192,18 +195,26 @@ def run(
       remat: None, or one of `REMAT_SAVES`: what the backward pass finds of each block; it recomputes the rest.
       branch_scales: (B, depth, 2), what the attention and the MLP of each block write is multiplied by, or None.
       unroll: whether stacked blocks run one by one, not in one loop.
+      read: how many tokens of each sequence, from the first on, are read behind the last block; None: all. Blocks that run one by one
+        compute no others there.
 
-    Returns: the main branch after the last block (N, R), before and after every block (depth + 1, N, R), and the new cache.
+    Returns: the main branch after the last block (N, R), before and after every block (depth + 1, N, R), and the new cache. With `read`,
+      the first is (B read, R) and the second None.
     """
     # Blocks are alike: one graph serves them all.
     graph, parameters = nnx.split(blocks if isinstance(blocks, Block) else blocks[0])
 
-    def step(x: Array, written: Written, layer: tuple[Any, Any, Any]) -> tuple[Array, Array, Written, Any]:
+    def run_block(
+        read: int | None, x: Array, written: Written, layer: tuple[Any, Any, Any]
+    ) -> tuple[Array, Array, Written, Any]:
         state, cache, scales = layer
-        before, x, written, cache = nnx.merge(graph, state)(x, written, batch, cache, position, length, scales)
+        before, x, written, cache = nnx.merge(graph, state)(x, written, batch, cache, position, length, scales, read)
         return before, placement.examples(x), written, cache
 
-    step = jax.checkpoint(step, policy=REMAT_POLICIES[remat]) if remat else step
+    def recomputed(step: Any) -> Any:
+        return jax.checkpoint(step, policy=REMAT_POLICIES[remat]) if remat else step
+
+    step, last_step = (recomputed(functools.partial(run_block, each)) for each in (None, read))
     scales = None if branch_scales is None else jnp.moveaxis(branch_scales, 1, 0)
     x = placement.examples(x)
     if isinstance(blocks, Block) and not unroll:
@@ -213,7 +224,7 @@ def run(
             return add(x, written), (before, cache)
 
         last, (before, cache) = jax.lax.scan(scanned, x, (parameters, cache, scales))
-        return last, jnp.concatenate([before, last[None]]), cache
+        return first_tokens(last, batch, read), None if read else jnp.concatenate([before, last[None]]), cache
 
     if isinstance(blocks, Block):
         layers = unstacked(_narrow_matrices(parameters, x.dtype), _places(blocks))
@@ -227,8 +238,9 @@ def run(
         if remat:  # one array is held for a block, not two
             x, written = add(x, written), NOTHING
         of_layer = tuple(None if each is None else each[index] for each in (cache, scales))
-        before, x, written, layer_cache = step(x, written, (layers[index], *of_layer))
+        this_step = step if index + 1 < len(layers) else last_step
+        before, x, written, layer_cache = this_step(x, written, (layers[index], *of_layer))
         states.append(before)
         caches.append(layer_cache)
     last = add(x, written)
-    return last, jnp.stack([*states, last]), None if cache is None else caches
+    return last, None if read else jnp.stack([*states, last]), None if cache is None else caches

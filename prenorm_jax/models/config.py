@@ -205,6 +205,11 @@ class ViTConfig(Transformer):
         return ("head", *(name for name, there in further.items() if there)) if self.head else ()
 
     @property
+    def read_tokens(self) -> int | None:
+        """How many tokens, from the first on, the head reads behind the last block; None: all."""
+        return None if self.pool != "cls" else 2 if self.distilled == "head" else 1
+
+    @property
     def position_rows(self) -> int:
         """Rows of a learned position table."""
         before = {"patches": 0, "special": self.special_tokens, "all": self.special_tokens + self.registers}

@@ -50,6 +50,7 @@ class GPT(nnx.Module):
         position: Array | int = 0,
         branch_scales: Array | None = None,
         only_last: bool = False,
+        only_read: bool = False,
     ) -> tuple[Array, dict[str, Any]]:
         """The logits of the next token at every position.
 
@@ -59,6 +60,7 @@ class GPT(nnx.Module):
           position: how many tokens the cache holds already.
           branch_scales: what each branch of each sample is multiplied by, (B, depth, 2), from `draw_branch_scales`; None for all ones.
           only_last: whether of each sequence the logits of the last position alone are computed, (B, 1, padded_vocab).
+          only_read: whether "main_branch" is left out. (A ViT then leaves out more: its head may read fewer tokens.)
 
         Returns: logits (B, L, padded_vocab), float32 or wider, of which the first vocab_size columns mean something; and
           {"main_branch": (depth + 1, B, L, R), "last": (B, L, R), its last, "cache": the cache with these tokens, or None}.
@@ -92,7 +94,9 @@ class GPT(nnx.Module):
         logits = jax.lax.optimization_barrier(logits)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)).reshape(batch, -1, logits.shape[-1])
         x = x.reshape(batch, length, -1)
-        return logits, {"main_branch": states.reshape(len(states), *x.shape), "last": x, "cache": cache}
+        assert states is not None
+        kept = {} if only_read else {"main_branch": states.reshape(len(states), *x.shape)}
+        return logits, {**kept, "last": x, "cache": cache}
 
     def _tied_logits(self, x: Array) -> Array:
         n = variant(self.config).norm_in_pre_ln(x, *self.norm.leaves(), eps=self.config.eps)

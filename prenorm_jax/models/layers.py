@@ -5,7 +5,7 @@ Shapes: N = B L tokens of a batch, D nominal width, R lanes of the main branch.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,14 +50,30 @@ class Linear(nnx.Module):
         y, bias = self.apart(x)
         return y if bias is None else y + bias.astype(y.dtype)[None]
 
+    def narrow(self, dtype: Any) -> Array:
+        """The whole kernel in a dtype."""
+        return placement.gathered(self.kernel[...].astype(dtype), self.stored)
+
     def matrix(self, dtype: Any) -> Array:
         """The kernel as it multiplies an x of this dtype."""
         # Behind a barrier the cast (and the weight map before it) stays out of the product, whose kernel then takes bias and residual.
-        return jax.lax.optimization_barrier(placement.gathered(self.kernel[...].astype(dtype), self.stored))
+        return jax.lax.optimization_barrier(self.narrow(dtype))
 
     def apart(self, x: Array, product: Product = jnp.matmul) -> tuple[Array, Array | None]:
         """The product of x and the kernel, made by `product`, and the bias that is to be added to it."""
         return product(x, self.matrix(x.dtype)), None if self.bias is None else self.bias[...]
+
+
+def read_together(readers: Sequence[Linear], x: Array, heads: int) -> Array:
+    """What several linear maps make of x, in one product: (N, R) -> (N, heads * maps * K), a head's columns of each side by side."""
+
+    def by_head(arrays: list[Array]) -> Array:
+        stacked = jnp.stack([array.reshape(*array.shape[:-1], heads, -1) for array in arrays], axis=-2)
+        return stacked.reshape(*arrays[0].shape[:-1], -1)
+
+    y = x @ jax.lax.optimization_barrier(by_head([reader.narrow(x.dtype) for reader in readers]))
+    biases = [reader.bias[...] for reader in readers if reader.bias is not None]
+    return y + by_head(biases).astype(y.dtype)[None] if biases else y
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -72,11 +72,16 @@ class ViT(nnx.Module):
             self.head = linear(config.pre_logits, config.classes)
         self.config = config
 
-    def __call__(self, images: Array, branch_scales: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    def __call__(
+        self, images: Array, branch_scales: Array | None = None, only_read: bool = False
+    ) -> tuple[Array, dict[str, Array]]:
         """Returns logits (B, classes), or features where there is no head, float32 or wider, and {"main_branch":
         (depth + 1, B, L, R), before and after every block, "last": (B, L, R), after the last one}.
 
-        branch_scales: what each branch of each sample is multiplied by, (B, depth, 2), from `draw_branch_scales`; None for all ones.
+        Args:
+          branch_scales: what each branch of each sample is multiplied by, (B, depth, 2), from `draw_branch_scales`; None for all ones.
+          only_read: whether of the last block those tokens alone are computed that the head reads (`config.read_tokens`): the logits are
+            the same, "last" has these tokens, "main_branch" is left out. Blocks that run in one loop compute all.
 
         Raises: ValueError for images of another shape than the config's.
         """
@@ -104,10 +109,14 @@ class ViT(nnx.Module):
             remat=config.recomputes,
             unroll=config.unroll,
             branch_scales=branch_scales,
+            read=config.read_tokens if only_read else None,
         )
-        x = x.reshape(batch, length, -1)
+        x = x.reshape(batch, -1, x.shape[-1])
         logits = self._head(self._pooled(x))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        if only_read:
+            return logits, {"last": x[:, : config.read_tokens or tokens]}
+        assert states is not None
         states = states.reshape(len(states), *x.shape)[:, :, :tokens]
         return logits, {"main_branch": states, "last": x[:, :tokens]}
 
@@ -126,7 +135,7 @@ class ViT(nnx.Module):
     def _pooled(self, x: Array) -> list[Array]:
         """The normalised (B, R) that the readers of the final norm read, in their order; for features in (B, D).
 
-        x is (B, L or more, R): what attention does not see counts for nothing here either.
+        x is (B, L or more, R), or of these tokens those that are read: what attention does not see counts for nothing here either.
         """
         config = self.config
         first, patches = x[:, 0], x[:, config.tokens - config.patches : config.tokens]

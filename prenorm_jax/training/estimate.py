@@ -143,7 +143,7 @@ def _at_depth(experiment: Experiment, depth: int) -> dict[str, float]:
 
     def forward_half(running: Any, batch: Any) -> Any:
         def loss(running: Any) -> jax.Array:
-            logits, _ = models.apply(model, running, batch["inputs"])
+            logits, _ = models.apply(model, running, batch["inputs"], only_read=True)
             return task.judge(logits, batch["targets"])["loss"].mean()
 
         with placement.within(mesh):

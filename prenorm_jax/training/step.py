@@ -134,7 +134,7 @@ def make_train_step(
 
     def weighted_values(running: Params, batch: dict[str, jax.Array], total: jax.Array) -> tuple[jax.Array, Metrics]:
         scales = batch.get("branch_scales")
-        logits, intermediates = models.apply(model, running, batch["inputs"], branch_scales=scales)
+        logits, intermediates = models.apply(model, running, batch["inputs"], branch_scales=scales, only_read=True)
         shares = batch["weights"] / total
         with jax.named_scope("loss"):
             values = {name: (value * shares).sum() for name, value in task.judge(logits, batch["targets"]).items()}
@@ -192,7 +192,8 @@ def make_train_step(
 
 
 def main_branch_mean(x: jax.Array) -> jax.Array:
-    """(B, L, R) main branch -> (B,) float32: |mean| / root mean square over the lanes of a token, mean over the tokens.
+    """(B, L, R) main branch -> (B,) float32: |mean| / root mean square over the lanes of a token, mean over the tokens (in training, those
+    that the head reads).
 
     Zero where the main branch is centered; what a LayerNorm has to remove, and what low precision loses digits to.
 
@@ -217,7 +218,7 @@ def make_eval_step(
     def eval_step(running: Params, batch: dict[str, jax.Array]) -> Metrics:
         batch = task.prepare(batch)
         with placement.within(mesh):
-            logits, _ = models.apply(model, running, batch["inputs"])
+            logits, _ = models.apply(model, running, batch["inputs"], only_read=True)
         weights = batch["weights"]
         values = task.judge(logits, batch["targets"])
         return {**{name: (value * weights).sum() for name, value in values.items()}, "weight": weights.sum()}

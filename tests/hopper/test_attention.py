@@ -67,7 +67,7 @@ def interpreter(monkeypatch):
 def test_values_and_gradients_are_attentions(interpreter, rows, length):
     rng = np.random.default_rng(0)
     q, k, v, dout = (jnp.asarray(rng.normal(size=(1, rows, 1, 64)), jnp.bfloat16) for _ in range(4))
-    out, pull_back = jax.vjp(lambda *qkv: hopper.attend(*qkv, length, interpreter), q, k, v)
+    out, pull_back = jax.vjp(lambda *qkv: hopper.attend(qkv, length, interpreter), q, k, v)
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
     expected, expected_pull_back = jax.vjp(lambda *qkv: reference(*qkv, length), *wide)
     pairs = [(out, expected), *zip(pull_back(dout), expected_pull_back(dout.astype(jnp.float32)), strict=True)]
@@ -83,7 +83,7 @@ def test_both_passes_lower_for_a_gpu(length):
     x = jax.ShapeDtypeStruct((2, -(-length // 8) * 8, 3, 64), jnp.bfloat16)
 
     def loss(q, k, v):
-        return hopper.attend(q, k, v, length).astype(jnp.float32).sum()
+        return hopper.attend((q, k, v), length).astype(jnp.float32).sum()
 
     lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x, x, x).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("mosaic_gpu") >= 2
@@ -93,7 +93,7 @@ def test_what_the_kernels_do_not_take_is_refused():
     q = jnp.zeros((1, 64, 1, 64), jnp.bfloat16)
     for wrong in (q[:, :63], q[:, :, :, :32], jnp.zeros((1, 208, 1, 64), jnp.bfloat16)):
         with pytest.raises(ValueError, match=r"expected one shape \(batch, rows, heads, 64\) with 64 to 200 rows"):
-            hopper.attend(wrong, wrong, wrong, wrong.shape[1])
+            hopper.attend((wrong,) * 3, wrong.shape[1])
     with pytest.raises(ValueError, match="for causal attention choose auto"):
         attention.attend(q, q, q, causal=True, implementation="hopper")
 
@@ -132,7 +132,7 @@ def test_over_several_devices_each_attends_to_its_own_examples_and_heads():
 
 def test_over_several_devices_the_kernels_lower_for_what_one_device_holds(monkeypatch):
     x = jax.ShapeDtypeStruct((4, 200, 2, 64), jnp.bfloat16)
-    mesh, both_passes = on_a_mesh(lambda q, k, v: hopper.attend(q, k, v, 197))
+    mesh, both_passes = on_a_mesh(lambda q, k, v: hopper.attend((q, k, v), 197))
     text = both_passes.trace(x, x, x, x).lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "mosaic_gpu" in line]
     assert len(calls) >= 2
