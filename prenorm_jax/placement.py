@@ -45,7 +45,7 @@ POSITIONS: Place = (PartitionSpec(FSDP, None),)
 PATCHES: Place = (PartitionSpec(FSDP, None, None, None),)
 UNSPLIT: Place = (WHOLE,)
 AT_ONCE = 2**29
-"""Up to so many bytes of whole weights are gathered together for all layers (ViT-B's are 170 MB); of more, for a layer at a time."""
+"""Up to so many bytes of all layers' weights are exchanged together (ViT-B's are 170 MB); of more, a layer's at a time."""
 
 
 @contextlib.contextmanager
@@ -115,17 +115,25 @@ _gathered.defvjp(
 )
 
 
-def in_turn(ahead: Any, branch: Any, layers: int) -> tuple[Any, Any]:
-    """A tree of weights that a later layer reads, and the main branch (with what is being written to it), as they are.
+def exchanged_beside(index: int, layers: int, size: int) -> slice:
+    """Which of so many layers, whose weights are `size` bytes each, have these exchanged while layer `index` is computed: gathered in the
+    forward pass, where they are split along "fsdp", and their gradients in the backward pass (`in_turn`).
 
-    Where weights are split along "fsdp", they are gathered no earlier than the main branch is there; and the exchange of their gradients
-    ends before the backward pass goes on from it. So a device holds few gathered layers, and exchanges go beside the products of another
-    layer, where XLA would put those of many layers together. Where all `layers` are few bytes and the devices one process's, nothing
-    waits: together is faster then (docs/scale.md).
+    Along "fsdp" those of the next layer, so that a device holds few gathered layers; where all are few bytes and the devices one
+    process's, nothing waits, and all are exchanged at once. Along "data" alone the gradients of few bytes go at once beside the second
+    layer, all but the first two's; others as XLA puts them together. (docs/scale.md has the figures.)
     """
-    few = layers * sum(leaf.nbytes for leaf in jax.tree.leaves(ahead)) <= AT_ONCE and jax.process_count() == 1
-    whole = sizes().get(FSDP, 1) == 1
-    return (ahead, branch) if whole or few else _in_turn(ahead, branch)
+    here = sizes()
+    few = layers * size <= AT_ONCE and jax.process_count() == 1
+    if here.get(FSDP, 1) > 1:
+        return slice(index + 1, index + 1 if few else index + 2)
+    return slice(2, layers if few and here.get(DATA, 1) > 1 and index == 1 else 2)
+
+
+def in_turn(ahead: list[Any], branch: Any) -> tuple[list[Any], Any]:
+    """Weights of later layers, a tree for each, and the main branch (with what is being written to it), as they are. They are gathered
+    no earlier than the main branch is there, and the exchange of their gradients ends before the backward pass goes on from it."""
+    return _in_turn(ahead, branch) if ahead else (ahead, branch)
 
 
 @jax.custom_vjp

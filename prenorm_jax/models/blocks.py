@@ -228,13 +228,14 @@ def run(
 
     if isinstance(blocks, Block):
         layers = unstacked(_narrow_matrices(parameters, x.dtype), _places(blocks))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(layers[0]))
     else:
         layers = [nnx.state(block) for block in blocks]
     written, states, caches = NOTHING, [], []
     for index in range(len(layers)):
-        # Only cuts of a stack: what is a leaf of its own would be copied, and held until the backward pass.
-        if isinstance(blocks, Block) and index + 1 < len(layers):
-            layers[index + 1], (x, written) = placement.in_turn(layers[index + 1], (x, written), len(layers))
+        if isinstance(blocks, Block):  # what is no cut of a stack would be copied, and held until the backward pass
+            ahead = placement.exchanged_beside(index, len(layers), size)
+            layers[ahead], (x, written) = placement.in_turn(layers[ahead], (x, written))
         if remat:  # one array is held for a block, not two
             x, written = add(x, written), NOTHING
         of_layer = tuple(None if each is None else each[index] for each in (cache, scales))
