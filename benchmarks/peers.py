@@ -10,7 +10,8 @@ python benchmarks/peers.py [--works vit_b,vit_s,gpt_small] [--rounds 5] [--out F
 
 Both sides: bfloat16 arithmetic on float32 parameters, cross entropy (label smoothing 0.1 on images), gradients clipped to a norm of 1,
 AdamW, one batch that stays on the device. Theirs: torch.compile, autocast, SDPA, fused AdamW, no dropout; the vocabulary is padded to
-50304 on both sides. Ours: the step that train.py trains with, in native coordinates.
+50304 on both sides. Ours: the step that train.py trains with, in native coordinates. Of a ViT's last block it computes what the class
+token needs, which is what the loss depends on; timm computes the block for every token.
 
 Each side is a process of its own, so that no framework holds the other's memory; both stay alive and take turns, A B A B, a window of
 steps each with one wait at its end, so that what the card does besides meets both. A ratio is taken between windows of one round.

@@ -133,7 +133,10 @@ def _forward(qkv: tuple[Array, ...], length: int, interpret: Any) -> tuple[Array
 
     return gpu.kernel(
         kernel,
-        out_type=(jax.ShapeDtypeStruct((batch, rows, heads, width), dtype), jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32)),
+        out_type=(
+            jax.ShapeDtypeStruct((batch, rows, heads, width), dtype),
+            jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32),
+        ),
         scratch_types=[
             _tables(3 * rows + BLOCK, width, dtype, swizzle=128),
             gpu.SMEM((rows,), jnp.float32),
@@ -163,7 +166,10 @@ def _backward(
         given, (dout_ref, log_sums_ref, delta_ref), rest = refs[:arrays], refs[arrays : arrays + 3], refs[arrays + 3 :]
         made, (smem, log_sums_smem, delta_smem, loaded) = rest[:arrays], rest[arrays:]
         example, head = lax.axis_index("batch"), lax.axis_index("heads")
-        tables = [(ref.at[example, :, head, columns], at) for (ref, columns), at in zip(_parts(given), (q_at, k_at, v_at), strict=True)]
+        tables = [
+            (ref.at[example, :, head, columns], at)
+            for (ref, columns), at in zip(_parts(given), (q_at, k_at, v_at), strict=True)
+        ]
         for ref, at in (*tables, (dout_ref.at[example, :, head], dout_at)):
             gpu.copy_gmem_to_smem(ref, smem.at[pallas.ds(at, rows)], loaded)
         for ref, vector in ((log_sums_ref, log_sums_smem), (delta_ref, delta_smem)):

@@ -20,8 +20,8 @@ from prenorm_jax.models.variants import Variant
 Array = jax.Array
 
 TOGETHER = 2**12
-"""From so many tokens on, one product makes queries, keys and values where a kernel takes them so: of fewer, three products cost less
-than to put their matrices together."""
+"""From so many tokens on, one product makes queries, keys and values where a kernel takes them so: for fewer, it saves less than it takes
+to put three matrices together (docs/performance-log.md)."""
 
 
 class Attention(nnx.Module):

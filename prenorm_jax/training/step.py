@@ -49,7 +49,7 @@ MESH_OPTIONS: dict[str, dict[str, Any]] = {
         # Gradients are summed where they lie; the pass puts them into one buffer first, a copy there and one back.
         "xla_disable_hlo_passes": "all-reduce-contiguous",
         # Exchanges go together, up to a size: between the devices of one host that costs less than going beside products.
-        # `placement.in_turn` keeps the layers of larger models apart, where they are stacked.
+        # `placement.exchanged_beside` keeps the layers of larger models apart, where they are stacked.
         **combined(placement.AT_ONCE),
     },
 }

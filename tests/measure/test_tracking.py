@@ -25,7 +25,7 @@ def tracked():
 def test_every_form_follows_the_reference_and_the_control_does_not(tracked):
     assert tracked["losses"].keys() == {"reference", "plain", *(form.name for form in tracking.FORMS), "control"}
     first, *_, last = tracked["losses"]["reference"]
-    assert last < first - 0.05  # it learns
+    assert last < first - 0.03  # it learns
     assert tracking.passes(tracked)
 
 
