@@ -155,4 +155,5 @@ def test_which_layers_are_exchanged_beside_which(mesh, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert [beside(index) for index in range(layers)] == alone
     # On one device there is nothing to exchange.
+    monkeypatch.undo()
     assert placement.exchanged_beside(1, layers, size) == slice(2, 2)

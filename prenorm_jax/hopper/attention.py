@@ -51,9 +51,9 @@ def attend(qkv: tuple[Array, ...], length: int, interpret: Any = False) -> Array
     Returns: (B, L, H, 64); rows from `length` on attend as well.
     Raises: ValueError for other shapes.
     """
-    rows, width = qkv[0].shape[1], 3 * HEAD_WIDTH // len(qkv)
-    alike = all(each.shape == (*qkv[0].shape[:3], width) for each in qkv)
-    if len(qkv) not in (1, 3) or not alike or rows % ROWS or not LENGTHS[0] <= rows <= LENGTHS[1]:
+    batch, rows, heads = qkv[0].shape[:3] if qkv else (0, 0, 0)
+    expected = {1: [(batch, rows, heads, 3 * HEAD_WIDTH)], 3: 3 * [(batch, rows, heads, HEAD_WIDTH)]}.get(len(qkv))
+    if [each.shape for each in qkv] != expected or rows % ROWS or not LENGTHS[0] <= rows <= LENGTHS[1]:
         raise ValueError(
             f"hopper attention: got queries, keys and values {', '.join(str(each.shape) for each in qkv)}; expected three of one shape "
             f"(batch, rows, heads, {HEAD_WIDTH}), or one array (batch, rows, heads, {3 * HEAD_WIDTH}), with {LENGTHS[0]} to {LENGTHS[1]} "

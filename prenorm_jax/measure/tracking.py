@@ -1,6 +1,6 @@
 """Does the fast step learn what the slow one learns? Training steps in the timed configuration beside a plain reference in float32.
 
-    python -m prenorm_jax.measure track vit B/16 --batch 256 --steps 200 --json results/speed/tracking.json
+    python -m prenorm_jax.measure track vit B/16 --batch 32 --steps 200 --json results/speed/tracking.json
 
 All begin with the same Pre-LN parameters, see the same batches, again and again, and train in Pre-LN coordinates, so that in exact
 arithmetic all have one trajectory. The reference is the Pre-LN model in float32 with full-precision products, looped layers and attention
@@ -31,9 +31,8 @@ from prenorm_jax.training.step import State, init_state, make_train_step
 
 ALLOWED = 2.0
 BATCHES = 8  # so few that they are learnt by heart
-LEARNING_RATE = (
-    1e-4  # at 1e-3 what ViT-B and GPT Small make of roundings is as large as what the control makes of its rate
-)
+# At 1e-3 what ViT-B and GPT Small make of roundings is as large as what the control makes of its rate (docs/performance-log.md).
+LEARNING_RATE = 1e-4
 
 
 def measure(work: Work, steps: int, say: Callable[[str], None], threads: int = 1) -> dict[str, Any]:

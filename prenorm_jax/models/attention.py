@@ -19,9 +19,9 @@ from prenorm_jax.models.variants import Variant
 
 Array = jax.Array
 
-TOGETHER = 2**12
-"""From so many tokens on, one product makes queries, keys and values where a kernel takes them so: for fewer, it saves less than it takes
-to put three matrices together (docs/performance-log.md)."""
+TOGETHER = 2**13
+"""From so many tokens on a device, one product makes queries, keys and values where a kernel takes them so: for fewer, it saves less than
+it takes to put three matrices together (docs/performance-log.md)."""
 
 
 class Attention(nnx.Module):
@@ -53,21 +53,16 @@ class Attention(nnx.Module):
 
         Of each sequence the first `length` tokens are seen, or all of them; the first `read` write, or all of them.
         """
-        readers, heads = (self.query, self.key, self.value), (batch, -1, self.heads, self.head_width)
-        tokens = n.shape[0] // batch
-        kernel = None
-        if cache is None and read is None and not self.causal:
-            kernel = attention_kernel(self.implementation, n.dtype, self.head_width, tokens, tokens)
-        if kernel == "hopper" and n.shape[0] >= TOGETHER:
+        readers, tokens = (self.query, self.key, self.value), n.shape[0] // batch
+        if cache is None and read is None and self._in_one_product(n, tokens):
             qkv = read_together(readers, n, self.heads).reshape(batch, tokens, self.heads, -1)
-            y = _attend_on_even_rows(kernel, (qkv,), causal=False, length=length)
+            y = _attend_on_even_rows("hopper", (qkv,), causal=False, length=length)
             return self.out.apart(y.reshape(n.shape[0], -1)), None
-        rows = [first_tokens(n, batch, read), n, n] if read else shared(n, len(readers))
-        q, k, v = (reader(share).reshape(heads) for reader, share in zip(readers, rows, strict=True))
-        if read and cache is None:
-            seen = None if length is None else (jnp.arange(tokens) < length)[None, None, None]
-            y = attend(q, k, v, mask=seen, implementation="xla")
-            return self.out.apart(y.reshape(batch * read, -1)), None
+        rows = (first_tokens(n, batch, read), n, n) if read else shared(n, len(readers))
+        q, k, v = (
+            reader(share).reshape(batch, -1, self.heads, self.head_width)
+            for reader, share in zip(readers, rows, strict=True)
+        )
         if cache is not None:
             cache = {
                 name: jax.lax.dynamic_update_slice_in_dim(
@@ -76,11 +71,21 @@ class Attention(nnx.Module):
                 for name, new in (("key", k), ("value", v))
             }
         if cache is None or (isinstance(position, int) and position == 0):  # nothing comes before these tokens
-            y = attend(q, k, v, causal=self.causal, length=length, implementation=self.implementation)
+            # The other kernels are made for many queries.
+            implementation = "xla" if read else self.implementation
+            y = attend(q, k, v, causal=self.causal, length=length, implementation=implementation)
         else:
             seen = jnp.arange(cache["key"].shape[2])[None, :] <= position + jnp.arange(q.shape[1])[:, None]
             y = _attend_written_out(q, cache["key"], cache["value"], seen[None, None])
-        return self.out.apart(y.reshape(n.shape[0], -1)), cache
+        return self.out.apart(y.reshape(-1, self.heads * self.head_width)), cache
+
+    def _in_one_product(self, n: Array, tokens: int) -> bool:
+        """Whether a kernel takes queries, keys and values as one product of n (N, R) makes them, and that pays: with tokens enough, and
+        whole heads where a mesh splits the matrices."""
+        if self.causal or placement.own(n.shape[0]) < TOGETHER:
+            return False
+        whole = placement.own(self.heads, (placement.TENSOR, placement.FSDP)) > 0
+        return whole and attention_kernel(self.implementation, n.dtype, self.head_width, tokens, tokens) == "hopper"
 
 
 def attend(

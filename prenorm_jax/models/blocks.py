@@ -81,6 +81,9 @@ class Block(nnx.Module):
 
 Blocks = Block | nnx.List
 
+FEW = 2**10
+"""Of fewer tokens on a device the last block is computed for all, whatever is read of it: they take launches, not arithmetic."""
+
 
 def _saves_activations(primitive: Any, *_: Any, **__: Any) -> bool:
     """Anything but weights that were gathered, and copies of them."""
@@ -196,7 +199,7 @@ def run(
       branch_scales: (B, depth, 2), what the attention and the MLP of each block write is multiplied by, or None.
       unroll: whether stacked blocks run one by one, not in one loop.
       read: how many tokens of each sequence, from the first on, are read behind the last block; None: all. Blocks that run one by one
-        compute no others there.
+        compute no others there, unless all are few.
 
     Returns: the main branch after the last block (N, R), before and after every block (depth + 1, N, R), and the new cache. With `read`,
       the first is (B read, R) and the second None.
@@ -214,7 +217,8 @@ def run(
     def recomputed(step: Any) -> Any:
         return jax.checkpoint(step, policy=REMAT_POLICIES[remat]) if remat else step
 
-    step, last_step = (recomputed(functools.partial(run_block, each)) for each in (None, read))
+    computed = read if placement.own(x.shape[0]) >= FEW else None
+    step, last_step = (recomputed(functools.partial(run_block, each)) for each in (None, computed))
     scales = None if branch_scales is None else jnp.moveaxis(branch_scales, 1, 0)
     x = placement.examples(x)
     if isinstance(blocks, Block) and not unroll:
@@ -243,5 +247,5 @@ def run(
         before, x, written, layer_cache = this_step(x, written, (layers[index], *of_layer))
         states.append(before)
         caches.append(layer_cache)
-    last = add(x, written)
+    last = add(x, written) if computed else first_tokens(add(x, written), batch, read)
     return last, None if read else jnp.stack([*states, last]), None if cache is None else caches

@@ -63,7 +63,8 @@ class GPT(nnx.Module):
           only_read: whether "main_branch" is left out. (A ViT then leaves out more: its head may read fewer tokens.)
 
         Returns: logits (B, L, padded_vocab), float32 or wider, of which the first vocab_size columns mean something; and
-          {"main_branch": (depth + 1, B, L, R), "last": (B, L, R), its last, "cache": the cache with these tokens, or None}.
+          {"main_branch": (depth + 1, B, L, R), "last": (B, L, R), its last, "cache": the cache with these tokens, or None}, the first not
+          with only_read.
         Raises: ValueError for more tokens than the context.
         """
         config, this = self.config, variant(self.config)

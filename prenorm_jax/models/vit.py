@@ -81,7 +81,7 @@ class ViT(nnx.Module):
         Args:
           branch_scales: what each branch of each sample is multiplied by, (B, depth, 2), from `draw_branch_scales`; None for all ones.
           only_read: whether of the last block those tokens alone are computed that the head reads (`config.read_tokens`): the logits are
-            the same, "last" has these tokens, "main_branch" is left out. Blocks that run in one loop compute all.
+            the same, "last" has these tokens, "main_branch" is left out. Blocks that run in one loop compute all, and so do a few tokens.
 
         Raises: ValueError for images of another shape than the config's.
         """

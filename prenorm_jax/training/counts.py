@@ -10,7 +10,8 @@ only the L (L + 1) / 2 that a causal mask leaves. Without a mask they are the sa
 operations in either. Where the head reads a few tokens alone (a ViT's class token), the last block owes nothing to the others but their
 keys and values, and in both conventions nothing else of it is counted.
 
-Bytes of the other parts, each tensor read once and written once, a and p the bytes of a number of the computation and of a parameter:
+Bytes of the other parts, each tensor read once and written once, a and p the bytes of a number of the computation and of a parameter (for
+the last block, M is what is read of it, but for its keys, its values and the norm in front of them):
 
     attention            forward 4 M D a (q, k, v, output; in decoding k and v are the cache's), backward 8 M D a (those, their gradients)
     GELU                 forward 2 M F a, backward 3 M F a
@@ -104,7 +105,7 @@ def operations(
       coordinates: in which it is trained.
 
     >>> sum(each.full for each in operations(models.vit_config("B/16"), 1, kind="inference")) / 1e9
-    32.6...
+    32.696...
     """
     training = kind == "training"
     causal = isinstance(config, GPTConfig)

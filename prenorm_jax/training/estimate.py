@@ -138,7 +138,7 @@ def _at_depth(experiment: Experiment, depth: int) -> dict[str, float]:
     tx = make_optimizer(experiment.optimizer, settings.steps)
     state, batch = abstract_state(model, tx, settings.coordinates), _batch(model, settings.batch_size)
     step = make_train_step(model, task, tx, coordinates=settings.coordinates, accumulate=settings.accumulate, mesh=mesh)
-    with _attention_without_scores():
+    with _stand_ins(experiment.model):
         compiled = step.lower(state, batch).compile()  # type: ignore[attr-defined]
 
     def forward_half(running: Any, batch: Any) -> Any:
@@ -154,7 +154,7 @@ def _at_depth(experiment: Experiment, depth: int) -> dict[str, float]:
     running = models.abstract(model)
     places = sharding.param_shardings(running, model, mesh)
     micro = _batch(model, settings.batch_size // settings.accumulate)
-    with _attention_without_scores():
+    with _stand_ins(experiment.model):
         half = (
             jax.jit(forward_half, in_shardings=(places, sharding.batch_sharding(mesh))).lower(running, micro).compile()
         )
@@ -168,7 +168,9 @@ def _at_depth(experiment: Experiment, depth: int) -> dict[str, float]:
         )
     )
     length = model.context if isinstance(model, GPTConfig) else model.tokens
-    attention = 12.0 * depth * model.width * settings.batch_size * length**2 / math.prod(mesh.shape.values())
+    read = None if _looped(experiment.model) or isinstance(model, GPTConfig) else model.read_tokens
+    queries = (depth - 1) * length + (read or length)
+    attention = 12.0 * model.width * settings.batch_size * queries * length / math.prod(mesh.shape.values())
     return {
         "state": float(compiled.memory_analysis().argument_size_in_bytes),
         "kept": float(analysis.output_size_in_bytes),
@@ -178,17 +180,23 @@ def _at_depth(experiment: Experiment, depth: int) -> dict[str, float]:
     }
 
 
-@contextlib.contextmanager
-def _attention_without_scores() -> Iterator[None]:
-    """Models that are traced in here attend by `_attend_without_scores`."""
-    from prenorm_jax.models import attention
+def _looped(model: ViTConfig | GPTConfig) -> bool:
+    """Whether the blocks run in one loop, the last of them for all tokens too."""
+    return model.scan_layers and not model.unroll
 
-    attend = attention.attend
+
+@contextlib.contextmanager
+def _stand_ins(model: ViTConfig | GPTConfig) -> Iterator[None]:
+    """Models that are traced in here attend by `_attend_without_scores`, and compute of their last block what `model` does."""
+    from prenorm_jax.models import attention, blocks
+
+    attend, few = attention.attend, blocks.FEW
     attention.attend = _attend_without_scores
+    blocks.FEW = sys.maxsize if _looped(model) else few
     try:
         yield
     finally:
-        attention.attend = attend
+        attention.attend, blocks.FEW = attend, few
 
 
 def _attend_without_scores(q: Any, k: Any, v: Any, **_: Any) -> Any:
@@ -197,16 +205,17 @@ def _attend_without_scores(q: Any, k: Any, v: Any, **_: Any) -> Any:
 
     @jax.custom_vjp
     def attend(q: Any, k: Any, v: Any) -> Any:
-        return q + k + v
+        return q + k[:, : q.shape[1]] + v[:, : q.shape[1]]
 
     def forward(q: Any, k: Any, v: Any) -> Any:
-        out = q + k + v
+        out = q + k[:, : q.shape[1]] + v[:, : q.shape[1]]
         return out, (q, k, v, out, out.astype("float32").sum(-1))
 
     def backward(kept: Any, gradient: Any) -> Any:
         q, k, v, out, sums = kept
         shared = out * gradient + sums[..., None].astype(gradient.dtype)
-        return q * shared, k * shared, v * shared
+        seen = shared.sum(1, keepdims=True) if q.shape != k.shape else shared  # a few queries see all keys
+        return q * shared, k * seen, v * seen
 
     attend.defvjp(forward, backward)
     return attend(q, k, v)

@@ -39,6 +39,11 @@ READERS = {
 BATCH = 4
 
 
+@pytest.fixture(autouse=True)
+def even_of_few_tokens(monkeypatch):
+    monkeypatch.setattr(blocks, "FEW", 0)
+
+
 def images(config):
     shape = (BATCH, config.image_size, config.image_size, config.channels)
     return jnp.asarray(np.random.default_rng(1).normal(size=shape))
@@ -93,6 +98,13 @@ def test_the_check_can_fail(monkeypatch):
     assert float(jnp.abs(outcome(VIT, drawn(VIT), only_read=True)[0][0] - expected[0]).max()) > 1e-3
 
 
+def test_of_few_tokens_all_are_computed(monkeypatch):
+    monkeypatch.setattr(blocks, "FEW", BATCH * VIT.tokens + 1)
+    (expected, all_of_it), (found, read) = (outcome(VIT, drawn(VIT), only_read=only) for only in (False, True))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    np.testing.assert_array_equal(read["last"], all_of_it["last"][:, :1])
+
+
 @pytest.mark.parametrize(
     ("name", "least", "most"), [("class token", 0.0, 0.8), ("mean", 0.99, 1.01), ("in one loop", 0.9, 1.01)]
 )
@@ -141,8 +153,13 @@ def test_one_product_makes_what_three_make(one_product, scan, bias):
     assert float(jnp.abs(other[0] - expected[0]).max()) > 1e-3
 
 
-@pytest.mark.parametrize("mesh", [Mesh(data=2, fsdp=2, tensor=2), Mesh(data=1, fsdp=8)], ids=["2x2x2", "fsdp 8"])
-def test_one_product_on_a_mesh(one_product, mesh):
+@pytest.mark.parametrize(
+    ("mesh", "together"),
+    [(Mesh(), True), (Mesh(data=2, fsdp=2, tensor=2), True), (Mesh(data=1, fsdp=8), False)],
+    ids=["8", "2x2x2", "fsdp 8"],
+)
+def test_on_a_mesh(one_product, mesh, together):
+    """In one product where whole heads lie on a device, and along data gradients of the third layer on exchanged beside the second."""
     config = dataclasses.replace(VIT, scan_layers=True, unroll=True, attention="hopper")
     params, places = drawn(config), sharding.make_mesh(mesh)
     expected = outcome(dataclasses.replace(config, attention="xla"), params)[0]
@@ -158,4 +175,7 @@ def test_one_product_on_a_mesh(one_product, mesh):
     x = jax.device_put(x, sharding.batch_sharding(places))
     (_, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(placed, x)
     assert_same((logits[:BATCH], gradient), expected)
-    assert all(shapes == [(8 // (mesh.data * mesh.fsdp), 24, 4 // mesh.tensor, 12)] for shapes in one_product)
+    examples = 8 // (places.shape["data"] * places.shape["fsdp"])
+    wanted = [(examples, 24, 4 // mesh.tensor, 12)] if together else [(examples, 24, 4, 4)] * 3
+    assert one_product
+    assert all(shapes == wanted for shapes in one_product)

@@ -9,7 +9,7 @@ import jax
 import pytest
 from trajectories import GPT
 
-from prenorm_jax.models import attention
+from prenorm_jax.models import ViTConfig, attention, blocks
 from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training import estimate, sharding
 from prenorm_jax.training.experiment import Experiment, Mesh, Optimizer, Train
@@ -90,3 +90,21 @@ def test_a_recomputed_layer_keeps_one_main_branch(mesh):
     tokens = this.train.batch_size // 8 * model.context
     # Exact in a process of its own; in the whole suite 8 bytes a layer more were seen, a scalar. An array would be thousands.
     assert 0 <= four - two - 2 * tokens * model.width * 4 <= 2 * 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True], ids=["one by one", "in one loop"])
+def test_a_vit_whose_head_reads_one_token(scan, monkeypatch):
+    """Depth is extrapolated beyond the last layer, which is smaller where blocks run one by one."""
+    monkeypatch.setattr(blocks, "FEW", 0)
+    model = ViTConfig(width=64, depth=6, heads=4, mlp_width=256, image_size=16, patch_size=2, scan_layers=scan)
+    this = dataclasses.replace(
+        experiment(mesh=Mesh(data=2)), task="image_classification", model=model, optimizer=Optimizer(warmup_steps=0)
+    )
+    found, whole = estimate.measure(this), estimate._at_depth(this, 6)
+    for key in ("state", "kept", "gradients", "flop", "exchanged"):
+        assert found[key] == pytest.approx(whole[key], rel=0.02), key
+    mean = estimate._at_depth(
+        dataclasses.replace(this, model=dataclasses.replace(model, pool="mean", class_token=True)), 6
+    )
+    assert mean["flop"] / whole["flop"] == pytest.approx(1.0 if scan else 6 / 5.2, rel=0.03)
