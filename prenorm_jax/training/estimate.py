@@ -187,20 +187,22 @@ def _looped(model: ViTConfig | GPTConfig) -> bool:
 
 @contextlib.contextmanager
 def _stand_ins(model: ViTConfig | GPTConfig) -> Iterator[None]:
-    """Models that are traced in here attend by `_attend_without_scores`, and compute of their last block what `model` does."""
+    """Models that are traced in here attend by `_attend_without_scores`, keep what several products read once, and compute of their last
+    block what `model` does."""
     from prenorm_jax.models import attention, blocks
 
-    attend, few = attention.attend, blocks.FEW
-    attention.attend = _attend_without_scores
+    attend, shared, few = attention.attend, attention.shared, blocks.FEW
+    attention.attend, attention.shared = _attend_without_scores, lambda x, readers: (x,) * readers
     blocks.FEW = sys.maxsize if _looped(model) else few
     try:
         yield
     finally:
-        attention.attend, blocks.FEW = attend, few
+        attention.attend, attention.shared, blocks.FEW = attend, shared, few
 
 
 def _attend_without_scores(q: Any, k: Any, v: Any, **_: Any) -> Any:
-    """What a fused kernel keeps: queries, keys, values, the result, and a number a row. The arithmetic means nothing."""
+    """What a fused kernel keeps: queries, keys, values, and a number a row; the result is what the product behind keeps. The arithmetic
+    means nothing."""
     import jax
 
     @jax.custom_vjp
@@ -209,11 +211,11 @@ def _attend_without_scores(q: Any, k: Any, v: Any, **_: Any) -> Any:
 
     def forward(q: Any, k: Any, v: Any) -> Any:
         out = q + k[:, : q.shape[1]] + v[:, : q.shape[1]]
-        return out, (q, k, v, out, out.astype("float32").sum(-1))
+        return out, (q, k, v, out.astype("float32").sum(-1))
 
     def backward(kept: Any, gradient: Any) -> Any:
-        q, k, v, out, sums = kept
-        shared = out * gradient + sums[..., None].astype(gradient.dtype)
+        q, k, v, sums = kept
+        shared = gradient + sums[..., None].astype(gradient.dtype)
         seen = shared.sum(1, keepdims=True) if q.shape != k.shape else shared  # a few queries see all keys
         return q * shared, k * seen, v * seen
 
