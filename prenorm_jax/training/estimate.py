@@ -191,8 +191,10 @@ def _stand_ins(model: ViTConfig | GPTConfig) -> Iterator[None]:
     block what `model` does."""
     from prenorm_jax.models import attention, blocks
 
-    attend, shared, few = attention.attend, attention.shared, blocks.FEW
-    attention.attend, attention.shared = _attend_without_scores, lambda x, readers: (x,) * readers
+    attend, few = attention.attend, blocks.FEW
+    shared: Any = attention.shared
+    attention.attend = _attend_without_scores
+    attention.shared = lambda x, readers: (x,) * readers  # type: ignore[assignment]
     blocks.FEW = sys.maxsize if _looped(model) else few
     try:
         yield
