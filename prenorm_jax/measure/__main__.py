@@ -9,12 +9,13 @@ python -m prenorm_jax.measure devices {vit,gpt} SIZE --per-device B [--devices N
     a step on N devices against one device at the same batch for each (prenorm_jax.measure.devices lists the sets of XLA's options)
 python -m prenorm_jax.measure profile {vit,gpt} SIZE --batch B [--norm N] [--basis B] [--coordinates C] [--kind K] [--mesh M] [--json FILE]
     a step's device time by kernel and by part of the model, beside each part's floor; with --mesh, split over all devices along an axis
-python -m prenorm_jax.measure track {vit,gpt} SIZE --batch B [--steps N] [--threads N] [--json FILE]
+python -m prenorm_jax.measure track {vit,gpt} SIZE --batch B [--steps N] [--learning-rate R] [--threads N] [--json FILE]
     the losses of the timed steps beside those of a slow reference (exit status 1: some form does not track it)
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -135,7 +136,8 @@ def track(given: argparse.Namespace) -> int:
     """Trains the timed forms beside the reference; exit status 1 where some form leaves it, or the control does not."""
     use_compilation_cache()
     this = work(given.family, given.size, given.batch, "training", "pre_ln")
-    result = tracking.measure(this, given.steps, lambda text: print(text, flush=True), given.threads)
+    say = functools.partial(print, flush=True)
+    result = tracking.measure(this, given.steps, say, given.threads, given.learning_rate)
     print(tracking.table(result))
     if given.json:
         tracking.save(result, given.json)
@@ -228,6 +230,7 @@ def read_flags(arguments: list[str]) -> argparse.Namespace:
     flags.add_argument("size", help="B/16, small, ...")
     flags.add_argument("--batch", type=int, required=True)
     flags.add_argument("--steps", type=int, default=200)
+    flags.add_argument("--learning-rate", type=float, default=tracking.LEARNING_RATE, help="default %(default)s")
     flags.add_argument("--threads", type=int, default=4, help="programs compiled at a time; default %(default)s")
     flags.add_argument("--json", type=pathlib.Path, metavar="FILE", help="a result takes its place among others")
     return parser.parse_args(arguments)

@@ -214,11 +214,12 @@ def run(
         before, x, written, cache = nnx.merge(graph, state)(x, written, batch, cache, position, length, scales, read)
         return before, placement.examples(x), written, cache
 
-    def recomputed(step: Any) -> Any:
-        return jax.checkpoint(step, policy=REMAT_POLICIES[remat]) if remat else step
+    def once(step: Any) -> Any:
+        """Under jit, so that blocks of one kind are traced and lowered once. XLA inlines them: its program is the same."""
+        return jax.jit(jax.checkpoint(step, policy=REMAT_POLICIES[remat]) if remat else step)
 
     computed = read if placement.own(x.shape[0]) >= FEW else None
-    step, last_step = (recomputed(functools.partial(run_block, each)) for each in (None, computed))
+    step, last_step = (once(functools.partial(run_block, each)) for each in (None, computed))
     scales = None if branch_scales is None else jnp.moveaxis(branch_scales, 1, 0)
     x = placement.examples(x)
     if isinstance(blocks, Block) and not unroll:

@@ -19,7 +19,7 @@ WORK = works.Work("GPT Tiny", GPT, 8, "training", "pre_ln")
 
 @pytest.fixture(scope="module")
 def tracked():
-    return tracking.measure(WORK, 40, say=print, threads=2)
+    return tracking.measure(WORK, 40, say=print, threads=2, learning_rate=1e-4)
 
 
 def test_every_form_follows_the_reference_and_the_control_does_not(tracked):
