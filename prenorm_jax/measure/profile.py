@@ -31,7 +31,7 @@ PARTS: tuple[tuple[str, str], ...] = (
     ("GELU", r"gelu"),
     ("column reductions", r"column_sum|reduce_fusion.*(attention|mlp)/"),
     ("norms and residuals", r"norm|residual"),
-    ("copies", r"\bcopy|transpose|memcpy|wrapped_slice|concatenate"),
+    ("copies", r"\bcopy|transpose|memcpy|wrapped_slice|concatenate|/_stack/"),
 )
 REST = "rest"
 
@@ -115,12 +115,18 @@ def _scopes(hlo: str) -> dict[str, str]:
         line = match.group()
         named = re.search(r'op_name="([^"]*)"', line)
         target = re.search(r'custom_call_target="([^"]*)"', line)
-        text = " ".join(found.group(1) for found in (target, named) if found)
-        # What differentiation and batching add to a name is no part of it.
-        scopes[match.group(1)] = re.sub(
-            r"(?:transpose|jvp|vmap|jit)\(([^()]*)\)", r"\1", re.sub(r"jvp\(([^()]*)\)", r"\1", text)
-        )
+        scopes[match.group(1)] = _plain(" ".join(found.group(1) for found in (target, named) if found))
     return scopes
+
+
+def _plain(name: str) -> str:
+    """An operation's name without what differentiation, batching and nested calls add to it.
+
+    >>> _plain("jit(train_step)/transpose(jvp(jit(run_block)))/mlp/dot_general")
+    'train_step/run_block/mlp/dot_general'
+    """
+    inner = re.sub(r"\b(?:transpose|jvp|vmap|jit)\(([^()]*)\)", r"\1", name)
+    return inner if inner == name else _plain(inner)
 
 
 def _part(instruction: str, scope: str) -> str:

@@ -31,7 +31,8 @@ from prenorm_jax.training.step import State, init_state, make_train_step
 
 ALLOWED = 2.0
 BATCHES = 8  # so few that they are learnt by heart
-# At 1e-3, and for ViT-B at 1e-4, what a model makes of roundings is as large as what the control makes of its rate (docs/performance-log.md).
+# At 1e-3, and for ViT-B at 1e-4, what a model makes of roundings is no smaller than what the control makes of its rate
+# (docs/performance-log.md).
 LEARNING_RATE = 1e-5
 
 

@@ -219,7 +219,8 @@ def run(
         return jax.jit(jax.checkpoint(step, policy=REMAT_POLICIES[remat]) if remat else step)
 
     computed = read if placement.own(x.shape[0]) >= FEW else None
-    step, last_step = (once(functools.partial(run_block, each)) for each in (None, computed))
+    step = once(functools.partial(run_block, None))
+    last_step = once(functools.partial(run_block, computed)) if computed else step
     scales = None if branch_scales is None else jnp.moveaxis(branch_scales, 1, 0)
     x = placement.examples(x)
     if isinstance(blocks, Block) and not unroll:

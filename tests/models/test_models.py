@@ -12,7 +12,7 @@ from flax import nnx
 
 import prenorm_jax as pn
 from prenorm_jax import models, norms
-from prenorm_jax.models import GPT_SIZES, VIT_SIZES, GPTConfig, ViTConfig, gpt_config, vit_config
+from prenorm_jax.models import GPT_SIZES, VIT_SIZES, GPTConfig, ViTConfig, blocks, gpt_config, vit_config
 from prenorm_jax.models.attention import attend
 
 VARIANTS = {
@@ -273,6 +273,15 @@ def test_initial_parameters_of_the_variants_are_one_function(assert_same):
     params = models.init(config, 3)
     assert_same(models.init(config, 3, "native"), models.native(params, config), 1e-13)
     assert jax.eval_shape(lambda: params) == models.abstract(dataclasses.replace(config, norm="pre_ln"))
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["looped", "stacked"])
+def test_blocks_are_traced_by_kind_not_one_by_one(stacked, random_params, monkeypatch):
+    config = dataclasses.replace(GPT, depth=6, scan_layers=stacked, unroll=True)
+    traced, call = [], blocks.Block.__call__
+    monkeypatch.setattr(blocks.Block, "__call__", lambda *args, **kwargs: traced.append(1) or call(*args, **kwargs))
+    jax.jit(lambda params: models.apply(config, params, inputs(config))[0])(random_params(config))
+    assert len(traced) == 2  # the first one has nothing to add to the main branch
 
 
 @pytest.mark.parametrize("variant", ["pre_rmsnorm", "reflect packed"])
