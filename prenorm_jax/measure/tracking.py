@@ -34,7 +34,7 @@ ALLOWED = 2.0
 Program = tuple[Config, str, float]
 """Config, precision of products, learning rate."""
 PLAIN = ("plain", "plain, nudged", "plain, nudged again")
-NUDGE = 2.0**-14  # of a parameter: of sixteen in bfloat16, one is rounded otherwise
+NUDGE = 2.0**-14  # of a parameter, at most: in bfloat16 one of two hundred is rounded otherwise
 BATCHES = 8  # so few that they are learnt by heart
 # At 1e-3, and for ViT-B at 1e-4, what a model makes of roundings is no smaller than what the control makes of its rate
 # (docs/performance-log.md).
@@ -68,7 +68,8 @@ def measure(
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     try:
         ready = {
-            program: pool.submit(_compiled, work, *program, params, steps) for program in set(trajectories.values())
+            program: pool.submit(_compiled, work, *program, params, steps)
+            for program in dict.fromkeys(trajectories.values())
         }
         for name, program in trajectories.items():
             start = _nudged(params, PLAIN.index(name)) if name in PLAIN else params

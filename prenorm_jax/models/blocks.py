@@ -215,8 +215,10 @@ def run(
         return before, placement.examples(x), written, cache
 
     def once(step: Any) -> Any:
-        """Under jit, so that blocks of one kind are traced and lowered once. XLA inlines them: its program is the same."""
-        return jax.jit(jax.checkpoint(step, policy=REMAT_POLICIES[remat]) if remat else step)
+        """In a program that is traced, blocks of one kind are traced and lowered once, and XLA inlines them: its program is the same.
+        Outside of one they would be compiled again in each call."""
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat]) if remat else step
+        return jax.jit(step) if isinstance(x, jax.core.Tracer) else step
 
     computed = read if placement.own(x.shape[0]) >= FEW else None
     step = once(functools.partial(run_block, None))

@@ -284,6 +284,14 @@ def test_blocks_are_traced_by_kind_not_one_by_one(stacked, random_params, monkey
     assert len(traced) == 2  # the first one has nothing to add to the main branch
 
 
+def test_outside_of_a_traced_program_nothing_is_compiled_again(random_params, caplog):
+    params = random_params(GPT)
+    models.apply(GPT, params, inputs(GPT))
+    with jax.log_compiles(), caplog.at_level("WARNING", "jax"):
+        models.apply(GPT, params, inputs(GPT))
+    assert [record.getMessage() for record in caplog.records if "ompiling" in record.getMessage()] == []
+
+
 @pytest.mark.parametrize("variant", ["pre_rmsnorm", "reflect packed"])
 def test_a_later_token_leaves_earlier_logits(variant, random_params):
     config = dataclasses.replace(GPT, **VARIANTS[variant])
