@@ -10,6 +10,7 @@ import os
 import pathlib
 import socket
 from collections.abc import Iterator
+from typing import IO
 
 from prenorm_jax.models.config import ConfigError
 
@@ -28,15 +29,27 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     path = workdir / "lock"
     # A lock of this kind is a process's, and not inherited: a data worker that outlives a killed run does not keep it.
     with path.open("a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise ConfigError(
-                f"workdir: {workdir} is in use by {owner}; allowed: another --workdir, or wait until it has ended"
-            ) from None
+        _take(file, workdir)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def refuse_in_use(workdir: pathlib.Path) -> None:
+    """Raises ConfigError where another process holds workdir/lock: what lies in the workdir may be changing. Writes nothing."""
+    path = workdir / "lock"
+    if path.exists():
+        with path.open("r+") as file:
+            _take(file, workdir)
+
+
+def _take(file: IO[str], workdir: pathlib.Path) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        raise ConfigError(
+            f"workdir: {workdir} is in use by {owner}; allowed: another --workdir, or wait until it has ended"
+        ) from None

@@ -19,7 +19,7 @@ from prenorm_jax.training.experiment import Experiment, as_tree
 from prenorm_jax.training.guards import Guard
 from prenorm_jax.training.initial import initial_params
 from prenorm_jax.training.interrupts import Interrupted, Interrupts
-from prenorm_jax.training.lock import locked
+from prenorm_jax.training.lock import locked, refuse_in_use
 from prenorm_jax.training.log import Log
 from prenorm_jax.training.lost import lost_processes_told
 from prenorm_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -62,6 +62,8 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
     )
     require_platform(experiment.model)
     boards.require_libraries(experiment)
+    if first:  # before its checkpoints are read, which another run would be writing and removing
+        refuse_in_use(workdir)
     changed = checkpoints.refuse_other_model(workdir, experiment)
     splits = data.load(experiment)
     run = _Run(experiment, splits, begins=checkpoints.latest(workdir) is None)

@@ -47,6 +47,14 @@ def test_a_second_process_is_refused_and_told_who_has_it(holder, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"library", "lock"}
 
 
+def test_checkpoints_that_another_process_may_be_removing_are_not_read(holder, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.checkpoints, "refuse_other_model", lambda *_: pytest.fail("read"))
+    before = (tmp_path / "lock").read_text()
+    with pytest.raises(ConfigError, match="is in use by process"):
+        loop.train(small.experiment(tmp_path / "library"), tmp_path)
+    assert (tmp_path / "lock").read_text() == before
+
+
 def test_the_lock_of_a_killed_process_is_nobodys(holder, tmp_path):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
