@@ -5,6 +5,7 @@ Source: arXiv 2305.14858, section 3 ("drop"); the Householder basis "reflect" is
 - e_d, H = I - v v^T / (1 - u) maps u (1, ..., 1) to e_d and is its own inverse, so the last coordinate of H x is sqrt(d) mean(x).
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -185,6 +186,32 @@ def _layers(row: Array) -> tuple[int, ...]:
 def at(others: Any, index: Any, *, axis: int, rank: int) -> tuple[Any, ...]:
     """An index: `index` on the axis, `others` on all others."""
     return tuple(index if position == rank + axis else others for position in range(rank))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """A map of `BASES`, or `recenter_axis`, as what a kernel computes: y <- y - share sum(y), with y = w - w_d where `from_last`. Its
+    pull-back is g <- g - share sum(g), and pull sum(g) more in the last slice."""
+
+    share: float = 0.0
+    from_last: bool = False
+    pull: float = 0.0
+
+
+def as_sums(change: Map | None, width: int) -> Sums | None:
+    """What a map from d = `width` lanes to d computes (None: nothing at all); None for another map.
+
+    >>> as_sums(recenter_axis, 4)
+    Sums(share=0.25, from_last=False, pull=0.0)
+    """
+    if change is None:
+        return Sums()
+    if change in (recenter_axis, drop_writer):
+        return Sums(share=1 / width)
+    if change is drop_reader:
+        return Sums(from_last=True, pull=-1.0)
+    u = 1 / math.sqrt(width)
+    return Sums(share=u * u / (1 - u), from_last=True, pull=u / (1 - u)) if change is reflect else None
 
 
 BASES: dict[str, dict[str, Map]] = {

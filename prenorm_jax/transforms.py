@@ -19,7 +19,8 @@ A norm with a reader that can take no bias, or with `keep`, keeps its affine: no
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -41,9 +42,13 @@ from prenorm_jax.bases import (
     stacks,
     xp,
 )
+from prenorm_jax.hopper import weight_map
 from prenorm_jax.main_branch import LayoutError, MainBranch, NormLeaves, ReaderLeaf, Resolved
 from prenorm_jax.paths import Tree, leaves, with_leaves
 from prenorm_jax.precision import in_slices, narrow, placed, wide
+
+Dtypes = Mapping[str, Any]
+NO_DTYPES: Dtypes = MappingProxyType({})
 
 
 def fold_affine(params: Tree, spec: MainBranch) -> Tree:
@@ -78,11 +83,14 @@ def zero_mean_gauge(params: Tree, spec: MainBranch) -> Tree:
     return _transform(params, spec, fold=True, reader=[recenter_axis])
 
 
-def compress(params: Tree, spec: MainBranch, basis: str = "reflect", layout: str = "compact") -> Tree:
+def compress(
+    params: Tree, spec: MainBranch, basis: str = "reflect", layout: str = "compact", *, dtypes: Dtypes = NO_DTYPES
+) -> Tree:
     """Width d -> d - 1 (identity 3 and its reflection): parameters for CRMSNorm. Folds and recenters what is not yet so.
 
     Args:
       layout: "compact", or "packed" for `pack(compress(...))` in one pass, without the compact tree in between.
+      dtypes: path -> dtype of writers and readers that are wanted in another than they are stored in: rounded to it, once.
 
     Raises: LayoutError for a tree that is compressed already (where the description knows the width), is packed, or whose main
       branch is narrower than 2; ValueError for an unknown basis or layout.
@@ -97,11 +105,10 @@ def compress(params: Tree, spec: MainBranch, basis: str = "reflect", layout: str
             f"compress: the main branch has {found.lanes} lanes; expected the nominal width {found.width or '>= 2'}"
         )
     if layout == "packed":
-        return _transform(
-            params, spec, fold=True, writer=[maps["writer"], clear_last], reader=[maps["reader"]], spare="set"
-        )
+        writer, reader = [maps["writer"], clear_last], [maps["reader"]]
+        return _transform(params, spec, fold=True, writer=writer, reader=reader, spare="set", dtypes=dtypes)
     writer, reader = ([maps[role], drop_last] for role in ("writer", "reader"))
-    return _transform(params, spec, fold=True, writer=writer, reader=reader, affine=[drop_last])
+    return _transform(params, spec, fold=True, writer=writer, reader=reader, affine=[drop_last], dtypes=dtypes)
 
 
 def decompress(params: Tree, spec: MainBranch, basis: str = "reflect") -> Tree:
@@ -148,13 +155,16 @@ def unpack(params: Tree, spec: MainBranch) -> Tree:
     return _transform(params, spec, writer=[drop_last], affine=[drop_last], spare="clear")
 
 
-def to_pre_rmsnorm(params: Tree, spec: MainBranch) -> Tree:
+def to_pre_rmsnorm(params: Tree, spec: MainBranch, *, dtypes: Dtypes = NO_DTYPES) -> Tree:
     """Pre-LN -> Pre-RMSNorm: recenter . fold_affine. Idempotent. Run it with `rms_norm` (or still with LayerNorm).
+
+    Args:
+      dtypes: as for `compress`.
 
     Raises: as `recenter`.
     """
     _require_full("to_pre_rmsnorm", params, spec)
-    return _transform(params, spec, fold=True, writer=[recenter_axis])
+    return _transform(params, spec, fold=True, writer=[recenter_axis], dtypes=dtypes)
 
 
 def to_pre_crmsnorm(params: Tree, spec: MainBranch, basis: str = "reflect", layout: str = "compact") -> Tree:
@@ -297,11 +307,13 @@ def _transform(
     affine: Sequence[Map] = (),
     spare: str | None = None,
     kept_scale: float = 1.0,
+    dtypes: Dtypes = NO_DTYPES,
 ) -> Tree:
     """Applies maps (array, axis) -> array to the writers, the folded readers and the folded norms' leaves of a tree, and a factor to
     the scales that stay."""
     if spec.stacked:
         maps: dict[str, Any] = {"fold": fold, "writer": writer, "reader": reader, "affine": affine, "spare": spare}
+        maps["dtypes"] = dtypes
         first = _transform(spec.with_layers_first(params), spec.layers_first, **maps, kept_scale=kept_scale)
         return spec.with_layers_back(first)
     found = spec.resolve(params)
@@ -321,7 +333,7 @@ def _transform(
             if leaf.kernel in read:
                 continue
             read.add(leaf.kernel)
-            kernel, bias = _read(leaf, norm, new[leaf.kernel], old, fold, reader, spare)
+            kernel, bias = _read(leaf, norm, new[leaf.kernel], old, fold, reader, spare, dtypes.get(leaf.kernel))
             new[leaf.kernel] = placed(kernel, old[leaf.kernel])
             if leaf.bias and bias is not None:
                 new[leaf.bias] = placed(bias, old.get(leaf.bias, old[leaf.kernel]))
@@ -335,8 +347,11 @@ def _transform(
     for path, axis in found.writers:
         # A path that is gone is a reader's bias, now a row of its kernel.
         if path in new and (writer or (fold and path in found.layer_scales)):
-            arrays = [new[path], _layer_scale(found, old, path, axis)]
-            (value,) = in_slices(functools.partial(_written, axis, writer), arrays, [old[path].dtype], axis)
+            row, dtype = _layer_scale(found, old, path, axis), dtypes.get(path, old[path].dtype)
+            if (form := weight_map.writer_form(new[path], row, axis, writer, dtype)) is not None:
+                new[path] = weight_map.written(form, new[path])
+                continue
+            (value,) = in_slices(functools.partial(_written, axis, writer), [new[path], row], [dtype], axis)
             new[path] = placed(value, old[path])
     for path in set(found.layer_scales.values()) if fold or writer else ():
         new[path] = _vector(np.ones(old[path].shape), old[path], affine)
@@ -423,9 +438,11 @@ def _read(
     fold: bool,
     maps: Sequence[Map],
     spare: str | None,
+    kernel_dtype: Any = None,
 ) -> tuple[Array, Array | None]:
     """A reader's kernel and, where it changes, its bias: its norm's affine folded in where `fold`, mapped, packed or unpacked."""
     axis, dtype = leaf.axis, old[leaf.kernel].dtype
+    kernel_dtype = kernel_dtype or dtype
     gamma, beta = (
         _along(old[path], kernel, axis, path, f"its reader {leaf.kernel}") if path and fold else None
         for path in (norm.scale, norm.bias)
@@ -440,6 +457,8 @@ def _read(
         dtype, bias = bias.dtype, xp(bias).expand_dims(bias, axis)
     if spare == "clear":
         _require_packed(leaf)
+    if (form := weight_map.reader_form(kernel, (gamma, beta), axis, maps, spare, kernel_dtype)) is not None:
+        return weight_map.mapped(form, kernel, bias, gamma, beta)
 
     def change(kernel: Array, bias: Array | None, gamma: Array | None, beta: Array | None) -> Any:
         if beta is not None:
@@ -455,7 +474,7 @@ def _read(
             return drop_last(kernel, axis), last(kernel, axis)
         return kernel, bias
 
-    kernel, bias = in_slices(change, [kernel, bias, gamma, beta], [old[leaf.kernel].dtype, dtype], axis)
+    kernel, bias = in_slices(change, [kernel, bias, gamma, beta], [kernel_dtype, dtype], axis)
     return kernel, None if bias is None else bias.squeeze(axis)
 
 

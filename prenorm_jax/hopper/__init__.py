@@ -10,6 +10,9 @@ import jax
 
 from prenorm_jax import placement
 
+WARPS = 4  # of a thread block
+LANES = 32  # of a warp
+WIDTHS = (64, 1280)  # of rows that a warp takes: wider ones, and sums of them, do not fit into its registers
 MULTIPROCESSORS = 132  # of an H100 or H200; on a card with fewer, the last thread blocks run behind the others
 
 
@@ -48,3 +51,13 @@ def row_blocks(count: int, interpret: Any, *, barriers: bool) -> dict[str, Any]:
         "compiler_params": gpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not barriers),
         "interpret": interpret,
     }
+
+
+def row_layout(width: int) -> Any:
+    """Registers that hold WARPS rows: a warp a row, and as many neighbouring entries to a lane as one load takes."""
+    from jax.experimental.mosaic.gpu.fragmented_array import Tiling
+
+    _, gpu = pallas()
+    entries = next(count for count in (4, 2) if width % (LANES * count) == 0)
+    tiling = Tiling(((WARPS, LANES * entries), (entries,)))
+    return gpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)

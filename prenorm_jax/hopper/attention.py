@@ -101,9 +101,11 @@ def _forward(qkv: tuple[Array, ...], length: int, interpret: Any) -> tuple[Array
             gpu.copy_gmem_to_smem(ref.at[example, :, head, columns], smem.at[pallas.ds(at, rows)], loaded)
         outgoing = smem.at[pallas.ds(out_at, BLOCK)]
         gpu.barrier_wait(qk_loaded)
-        for number, start in enumerate(_blocks(rows)):
 
-            def scores(*sums, start=start):  # type: ignore[no-untyped-def]
+        def block(number, _):  # type: ignore[no-untyped-def]
+            start = pallas.multiple_of(jnp.minimum(number * BLOCK, rows - BLOCK), ROWS)
+
+            def scores(*sums):  # type: ignore[no-untyped-def]
                 for total, (first, count) in zip(sums, chunks, strict=True):
                     keys = smem.at[pallas.ds(k_at + first, count)]
                     gpu.wgmma(total, smem.at[pallas.ds(q_at + start, BLOCK)], keys.transpose((1, 0)))
@@ -114,8 +116,7 @@ def _forward(qkv: tuple[Array, ...], length: int, interpret: Any) -> tuple[Array
             top = functools.reduce(jnp.maximum, [part.max(axis=1) for part in s]) * scale
             p = [jnp.exp2(part * scale - _columns(top, part)) for part in s]
             norm = functools.reduce(jnp.add, [part.sum(axis=1) for part in p])
-            if number == 0:
-                gpu.barrier_wait(v_loaded)
+            pallas.when(number == 0)(lambda: gpu.barrier_wait(v_loaded))
 
             def mix(total, p=p):  # type: ignore[no-untyped-def]
                 for part, (first, count) in zip(p, chunks, strict=True):
@@ -128,6 +129,9 @@ def _forward(qkv: tuple[Array, ...], length: int, interpret: Any) -> tuple[Array
             log_sums_smem[pallas.ds(start, BLOCK)] = top + jnp.log(norm) * math.log2(math.e)
             gpu.commit_smem()
             gpu.copy_smem_to_gmem(outgoing, out_ref.at[example, pallas.ds(start, BLOCK), head])
+            return ()
+
+        lax.fori_loop(0, len(_blocks(rows)), block, ())
         gpu.copy_smem_to_gmem(log_sums_smem, log_sums_ref.at[example, head])
         gpu.wait_smem_to_gmem(0)
 
@@ -195,7 +199,11 @@ def _backward(
 
             return pallas.run_scoped(products, *[gpu.ACC((BLOCK, count), jnp.float32)] * 2)
 
-        for start in _blocks(rows):
+        def first_of(number):  # type: ignore[no-untyped-def]
+            return pallas.multiple_of(jnp.minimum(number * BLOCK, rows - BLOCK), ROWS)
+
+        def queries(number, _):  # type: ignore[no-untyped-def]
+            start = first_of(number)
             log_sum = gpu.load(log_sums_smem.at[pallas.ds(start, BLOCK)], layout=gpu.Layout.WGMMA.reduce(1))
             row_delta = gpu.load(delta_smem.at[pallas.ds(start, BLOCK)], layout=gpu.Layout.WGMMA.reduce(1))
             dq = _zeros(width)
@@ -209,8 +217,10 @@ def _backward(
 
                 dq = pallas.run_state(add_dq)(gpu.ACC.init(dq))
             store(dq / math.sqrt(width), dq_part, start)
+            return ()
 
-        for start in _blocks(rows):
+        def keys(number, _):  # type: ignore[no-untyped-def]
+            start = first_of(number)
             dk, dv = _zeros(width), _zeros(width)
             for first, count in chunks:
                 s, dp = scores_and_dp(k_at + start, v_at + start, q_at + first, dout_at + first, count)
@@ -229,6 +239,11 @@ def _backward(
             dv, dk = (_where_row_seen(part, start, length) for part in (dv, dk))
             store(dv, dv_part, start)
             store(dk / math.sqrt(width), dk_part, start)
+            return ()
+
+        count = len(_blocks(rows))
+        lax.fori_loop(0, count, queries, ())
+        lax.fori_loop(0, count, keys, ())
         gpu.wait_smem_to_gmem(0)
 
     return gpu.kernel(
@@ -302,7 +317,7 @@ def _where_seen(values: Array, chunk: tuple[int, int], length: int, otherwise: f
 
 def _where_row_seen(values: Array, start: int, length: int) -> Array:
     """Rows of a block, with zeros in those from `length` on."""
-    return values if start + BLOCK <= length else jnp.where(_indices(values, 0) + start < length, values, 0)
+    return jnp.where(_indices(values, 0) + start < length, values, 0)
 
 
 def _indices(values: Array, axis: int) -> Array:

@@ -20,12 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from prenorm_jax import hopper, placement
+from prenorm_jax.hopper import LANES, WARPS, WIDTHS
 
 Array = jax.Array
 
-WARPS = 4  # of a thread block: it takes as many rows at a time
-LANES = 32
-WIDTHS = (64, 1280)  # a wider row and its sums do not fit into a warp's registers
 ENTRIES = 2**20  # of x; fewer are not worth a kernel of their own
 
 
@@ -71,7 +69,7 @@ def norm_gradient(
     """
     rows, width = x.shape
     pallas, gpu = hopper.pallas()
-    layout = _row_layout(width)
+    layout = hopper.row_layout(width)
     tiles = rows // WARPS
     blocks = min(hopper.MULTIPROCESSORS * (4 if width >= 512 else 6), tiles)
     arguments = [array for array in (x, dn, dbranch, scale) if array is not None]
@@ -126,16 +124,6 @@ def norm_gradient(
         **hopper.row_blocks(blocks, interpret, barriers=False),
     )(*arguments)
     return dx, *(sum.sum(axis=0) for sum in sums)
-
-
-def _row_layout(width: int) -> Any:
-    """Registers that hold WARPS rows: a warp a row, and as many neighbouring entries to a lane as one load takes."""
-    from jax.experimental.mosaic.gpu.fragmented_array import Tiling
-
-    _, gpu = hopper.pallas()
-    entries = next(count for count in (4, 2) if width % (LANES * count) == 0)
-    tiling = Tiling(((WARPS, LANES * entries), (entries,)))
-    return gpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
 
 def _each(row_values: Array, like: Array) -> Array:

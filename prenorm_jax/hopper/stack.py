@@ -42,7 +42,7 @@ def stack(arrays: Sequence[Array], interpret: Any = False) -> Array:
             f"hopper stack: got {', '.join(f'{each.dtype}{list(each.shape)}' for each in arrays)}; expected one shape and dtype, of a "
             f"multiple of {PIECE} numbers; jnp.stack takes all"
         )
-    return _stack(arrays, interpret)
+    return _stack([array.reshape(-1) for array in arrays], interpret).reshape(len(arrays), *first.shape)
 
 
 def _forward(arrays: Sequence[Array], interpret: Any) -> tuple[Array, None]:
@@ -56,11 +56,11 @@ def _backward(interpret: Any, residuals: None, gradient: Array) -> tuple[list[Ar
 stack.defvjp(_forward, _backward)
 
 
-# Under jit, so that kinds of weights of one shape lower the kernel once.
+# Under jit, so that kinds of weights of one size lower the kernel once.
 @functools.partial(jax.jit, static_argnames=("interpret",))
 def _stack(arrays: Sequence[Array], interpret: Any) -> Array:
     pallas, gpu = hopper.pallas()
-    shape, dtype, size = arrays[0].shape, arrays[0].dtype, arrays[0].size
+    dtype, size = arrays[0].dtype, arrays[0].size
     entries = next(count * PIECE for count in TOGETHER if size % (count * PIECE) == 0)
     layout = gpu.Layout.WG_STRIDED((entries,), vec_size=8)
 
@@ -80,4 +80,4 @@ def _stack(arrays: Sequence[Array], interpret: Any) -> Array:
     launch = hopper.row_blocks(1, interpret, barriers=False)
     launch |= {"grid": (size // entries, len(arrays)), "grid_names": ("parts", "arrays")}
     out = jax.ShapeDtypeStruct((len(arrays), size), dtype)
-    return gpu.kernel(kernel, out_type=out, **launch)(*(array.reshape(size) for array in arrays)).reshape(-1, *shape)
+    return gpu.kernel(kernel, out_type=out, **launch)(*arrays)

@@ -90,11 +90,20 @@ def init(config: Transformer, seed: int, coordinates: str = "pre_ln") -> Tree:
     return jax.jit(make)(seed)
 
 
-def running(params: Tree, config: Transformer, coordinates: str = "pre_ln") -> Tree:
-    """Stored parameters -> what the config's variant computes with: the h of phi = h(theta). Pure, jittable, differentiable."""
+def running(params: Tree, config: Transformer, coordinates: str = "pre_ln", *, narrow: bool = False) -> Tree:
+    """Stored parameters -> what the config's variant computes with: the h of phi = h(theta). Pure, jittable, differentiable.
+
+    Args:
+      narrow: whether the blocks' matrices that are mapped from "pre_ln" come out in config.dtype, as products take them, in one pass;
+        else, and where nothing is mapped, as they are stored.
+    """
     require_one_of("coordinates", coordinates, COORDINATES)
     this = variant(config)
-    return (this.from_pre_ln if coordinates == "pre_ln" else this.from_native)(params, main_branch(config))
+    if coordinates == "native":
+        return this.from_native(params, main_branch(config))
+    matrices = [path for path in leaves(params) if path.startswith("blocks/") and path.endswith("/kernel")]
+    dtypes = dict.fromkeys(matrices, config.dtype) if narrow else {}
+    return this.from_pre_ln(params, main_branch(config), dtypes=dtypes)
 
 
 def native(params: Tree, config: Transformer) -> Tree:

@@ -15,16 +15,18 @@ from prenorm_jax import bases, norms, transforms
 from prenorm_jax.main_branch import MainBranch
 from prenorm_jax.models.config import Transformer
 from prenorm_jax.paths import Tree
+from prenorm_jax.transforms import NO_DTYPES, Dtypes
 
 Array = jax.Array
-Chart = Callable[[Tree, MainBranch], Tree]
+Chart = Callable[..., Tree]
+"""(parameters, their main branch) -> parameters; one that maps takes `dtypes` as well (`transforms.compress`)."""
 
 
 def _same(x: Array) -> Array:
     return x
 
 
-def _same_tree(params: Tree, spec: MainBranch) -> Tree:
+def _same_tree(params: Tree, spec: MainBranch, *, dtypes: Dtypes = NO_DTYPES) -> Tree:
     return params
 
 
@@ -85,8 +87,8 @@ def variant_of(norm: str, basis: str = "reflect", layout: str = "compact") -> Va
     return _FULL_WIDTH[norm]
 
 
-def _to_pre_rmsnorm(params: Tree, spec: MainBranch) -> Tree:
-    return transforms.strip_affine(transforms.to_pre_rmsnorm(params, spec), spec, layer_scales=True)
+def _to_pre_rmsnorm(params: Tree, spec: MainBranch, *, dtypes: Dtypes = NO_DTYPES) -> Tree:
+    return transforms.strip_affine(transforms.to_pre_rmsnorm(params, spec, dtypes=dtypes), spec, layer_scales=True)
 
 
 def _recentered(params: Tree, spec: MainBranch) -> Tree:
@@ -108,8 +110,9 @@ _FULL_WIDTH = {
 
 
 def _pre_crmsnorm(basis: str, packed: bool) -> Variant:
-    def compressed(params: Tree, spec: MainBranch, layout: str) -> Tree:
-        return transforms.strip_affine(transforms.compress(params, spec, basis, layout), spec, layer_scales=True)
+    def compressed(params: Tree, spec: MainBranch, layout: str, *, dtypes: Dtypes = NO_DTYPES) -> Tree:
+        narrow = transforms.compress(params, spec, basis, layout, dtypes=dtypes)
+        return transforms.strip_affine(narrow, spec, layer_scales=True)
 
     to_compact = functools.partial(compressed, layout="compact")
 

@@ -144,7 +144,8 @@ def make_train_step(
 
     @jax.named_scope("weight_map")
     def to_running(params: Params) -> Params:
-        running = models.running(params, model, coordinates)
+        # Sums over micro-batches stay in float32.
+        running = models.running(params, model, coordinates, narrow=mesh is None and accumulate == 1)
         if mesh is None:
             return running
         # Split as they are stored: what is mapped, and in the backward pass its gradient, stays a share.

@@ -8,8 +8,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from prenorm_jax import norms
-from prenorm_jax.hopper import cross_entropy, gelu_gradient, norm_gradient, stack
+from prenorm_jax import bases, norms
+from prenorm_jax.hopper import cross_entropy, gelu_gradient, norm_gradient, stack, weight_map
 from prenorm_jax.models.gelu import gelu
 
 WIDTHS = (192, 384, 768, 1024, 1280)
@@ -136,9 +136,64 @@ def check_stack():
         print(f"stack of {count} {shape}: kernel {times[0]:.0f} us, XLA {times[1]:.0f} us")
 
 
+def pulled_back(form):
+    """The pull-back of a reader's map; what a step computes of dW is fused with the optimizer, and its largest entry stands for that."""
+
+    def sums(gradient, *arrays):
+        dkernel, *others = jax.vjp(form, *arrays)[1](gradient)
+        return jnp.abs(dkernel).max(), *others
+
+    return jax.jit(sums)
+
+
+def check_weight_map():
+    """Stacked layers of a reader and of a writer: mapped, and what is summed on the way back."""
+    for layers, width, columns in ((12, 768, 3072), (12, 768, 768), (24, 1024, 4096), (12, 384, 1536), (12, 192, 768)):
+        keys = jax.random.split(jax.random.key(0), 5)
+        kernel, bias, gamma, beta = (
+            jax.random.normal(key, (layers, *shape))
+            for key, shape in zip(keys[:4], ((width, columns), (columns,), (width,), (width,)), strict=True)
+        )
+        dkernel = jax.random.normal(keys[4], kernel.shape, jnp.bfloat16)
+        of_reader, of_writer = (weight_map.Form(bases.as_sums(bases.reflect, width), True, jnp.dtype("bfloat16")),) * 2
+
+        def plain(kernel, bias, gamma, beta):
+            new_bias = bias[:, None] + (beta[..., None] * kernel).sum(1, keepdims=True)
+            new = bases.reflect(kernel * gamma[..., None], -2)
+            return bases.set_last(new, new_bias, -2).astype(jnp.bfloat16)
+
+        def plain_writer(kernel):
+            return bases.clear_last(bases.reflect(kernel, -1), -1).astype(jnp.bfloat16)
+
+        def by_kernel(*arrays, form=of_reader):
+            return weight_map.read(form, *arrays)[0]
+
+        def writer_by_kernel(kernel, form=of_writer):
+            return weight_map.written(form, kernel)
+
+        arrays = (kernel, bias, gamma, beta)
+        pairs = [
+            ("reader", jax.jit(by_kernel), jax.jit(plain), arrays),
+            ("reader, back", pulled_back(by_kernel), pulled_back(plain), (dkernel, *arrays)),
+            ("writer", jax.jit(writer_by_kernel), jax.jit(plain_writer), (kernel.swapaxes(1, 2),)),
+        ]
+        for name, found, wanted, given in pairs:
+            outputs = [jax.tree.leaves(form(*given)) for form in (found, wanted)]
+            errors = [missed(*pair) for pair in zip(*outputs, strict=True)]
+            times = [microseconds(form, *given, calls=50) for form in (found, wanted)]
+            print(
+                f"weight map, {name:12s} {layers} x {width} x {columns}: error {max(errors):.1e}, "
+                f"kernel {times[0]:.0f} us, XLA {times[1]:.0f} us"
+            )
+            # What comes out in bfloat16 may be rounded to either side; the control has another scale.
+            assert max(errors) < (1e-5 if "back" in name else 1e-3), errors
+        assert missed(by_kernel(kernel, bias, -gamma, beta), plain(*arrays)) > 0.1
+
+
 if __name__ == "__main__":
     check_norms()
     check_cross_entropy()
     check_gelu_gradient()
     check_stack()
+    check_weight_map()
     print("kernels hold")
