@@ -14,6 +14,7 @@ import prenorm_jax as pn
 from prenorm_jax import models, norms
 from prenorm_jax.models import GPT_SIZES, VIT_SIZES, GPTConfig, ViTConfig, blocks, gpt_config, vit_config
 from prenorm_jax.models.attention import attend
+from prenorm_jax.paths import leaves
 
 VARIANTS = {
     "pre_rmsnorm": {"norm": "pre_rmsnorm"},
@@ -369,3 +370,22 @@ def test_the_module_itself_is_the_function(random_params):
     state = nnx.state(module)
     nnx.update(module, jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(params)))
     assert_near(nnx.jit(lambda m, x: m(x)[0])(module, inputs(VIT)), logits, 1e-13)
+
+
+@pytest.mark.parametrize("traced", [True, False])
+@every_variant
+def test_matrices_that_are_mapped_come_out_as_products_take_them(variant, traced, random_params):
+    config = dataclasses.replace(VIT, **VARIANTS[variant], dtype="bfloat16")
+    params = random_params(config, dtype=np.float32)
+
+    def running(narrow):
+        this = functools.partial(models.running, config=config, narrow=narrow)
+        return leaves((jax.jit(this) if traced else this)(params))
+
+    wide, narrow = running(False), running(True)
+    for path, leaf in narrow.items():
+        mapped = path.startswith("blocks/") and path.endswith("/kernel")
+        assert leaf.dtype == (jnp.bfloat16 if mapped else jnp.float32), path
+        # Rounded once, from what the map computes in: wide is that to float32.
+        near = np.abs(np.asarray(leaf, np.float64) - np.asarray(wide[path], np.float64))
+        assert (near <= (2**-8 if mapped else 0) * np.abs(np.asarray(wide[path], np.float64))).all()
