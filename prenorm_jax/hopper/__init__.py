@@ -34,6 +34,15 @@ def pallas() -> tuple[Any, Any]:
     return pallas, mosaic_gpu
 
 
+def store(ref: Any, value: Any) -> None:
+    """Writes to a reference in global memory where threads cover no whole cache lines, which jax 0.12 refuses unless it is told."""
+    _, gpu = pallas()
+    if hasattr(gpu, "store"):
+        gpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def row_blocks(count: int, interpret: Any, *, barriers: bool) -> dict[str, Any]:
     """How a kernel is launched whose thread blocks, of one warpgroup each, take rows in turn.
 

@@ -196,7 +196,7 @@ def _read(form: Form, kernel: Array, bias: Array, gamma: Array, beta: Array) -> 
         off = form.sums.share * of_gamma if last is None else form.sums.share * of_gamma + last
         new_bias = of_beta + bias
         if not form.packed:
-            out_bias_ref[layer, place] = new_bias
+            hopper.store(out_bias_ref.at[layer, place], new_bias)
 
         def store(number, _):  # type: ignore[no-untyped-def]
             at = pallas.ds(number * ROWS, ROWS)
@@ -204,7 +204,7 @@ def _read(form: Form, kernel: Array, bias: Array, gamma: Array, beta: Array) -> 
             new = part * factor(0, at, part) - _along(off, part)
             if form.packed:
                 new = jnp.where(_row(at, part, layout) == width - 1, _along(new_bias, part), new)
-            out_ref[layer, at, place] = new.astype(form.dtype)
+            hopper.store(out_ref.at[layer, at, place], new.astype(form.dtype))
             return ()
 
         lax.fori_loop(0, width // ROWS, store, ())
@@ -246,7 +246,7 @@ def _read_sums(form: Form, kernel: Array, dkernel: Array, h: Array) -> tuple[Arr
 
         zeros = gpu.layout_cast(jnp.zeros((ROWS, STRIP), jnp.float32), layout)
         t = lax.fori_loop(0, width // ROWS, lambda step, total: total + gradient(step)[1], zeros).sum(axis=0)
-        t_ref[layer, place] = t
+        hopper.store(t_ref.at[layer, place], t)
         gpu.barrier_wait(loaded)
 
         def multiply(step, _):  # type: ignore[no-untyped-def]
@@ -255,8 +255,8 @@ def _read_sums(form: Form, kernel: Array, dkernel: Array, h: Array) -> tuple[Arr
             dy = g - _along(form.sums.share * t, g)
             if form.sums.pull:
                 dy = dy + jnp.where(is_last, _along(form.sums.pull * t, g), 0)
-            dgamma_ref[layer, number, at] = (w * dy).sum(axis=1)
-            dbeta_ref[layer, number, at] = (w * _along(h, w)).sum(axis=1)
+            hopper.store(dgamma_ref.at[layer, number, at], (w * dy).sum(axis=1))
+            hopper.store(dbeta_ref.at[layer, number, at], (w * _along(h, w)).sum(axis=1))
             return ()
 
         lax.fori_loop(0, width // ROWS, multiply, ())
