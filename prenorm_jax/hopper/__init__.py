@@ -70,3 +70,8 @@ def row_layout(width: int) -> Any:
     entries = next(count for count in (4, 2) if width % (LANES * count) == 0)
     tiling = Tiling(((WARPS, LANES * entries), (entries,)))
     return gpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+
+
+def each_row(values: jax.Array, like: jax.Array) -> jax.Array:
+    """A number for each row, along it."""
+    return jax.lax.broadcast_in_dim(values, like.shape, [0])

@@ -103,7 +103,7 @@ def _forward(qkv: tuple[Array, ...], length: int, interpret: Any) -> tuple[Array
         gpu.barrier_wait(qk_loaded)
 
         def block(number, _):  # type: ignore[no-untyped-def]
-            start = pallas.multiple_of(jnp.minimum(number * BLOCK, rows - BLOCK), ROWS)
+            start = _start(number, rows)
 
             def scores(*sums):  # type: ignore[no-untyped-def]
                 for total, (first, count) in zip(sums, chunks, strict=True):
@@ -131,7 +131,7 @@ def _forward(qkv: tuple[Array, ...], length: int, interpret: Any) -> tuple[Array
             gpu.copy_smem_to_gmem(outgoing, out_ref.at[example, pallas.ds(start, BLOCK), head])
             return ()
 
-        lax.fori_loop(0, len(_blocks(rows)), block, ())
+        lax.fori_loop(0, _blocks(rows), block, ())
         gpu.copy_smem_to_gmem(log_sums_smem, log_sums_ref.at[example, head])
         gpu.wait_smem_to_gmem(0)
 
@@ -199,11 +199,8 @@ def _backward(
 
             return pallas.run_scoped(products, *[gpu.ACC((BLOCK, count), jnp.float32)] * 2)
 
-        def first_of(number):  # type: ignore[no-untyped-def]
-            return pallas.multiple_of(jnp.minimum(number * BLOCK, rows - BLOCK), ROWS)
-
         def queries(number, _):  # type: ignore[no-untyped-def]
-            start = first_of(number)
+            start = _start(number, rows)
             log_sum = gpu.load(log_sums_smem.at[pallas.ds(start, BLOCK)], layout=gpu.Layout.WGMMA.reduce(1))
             row_delta = gpu.load(delta_smem.at[pallas.ds(start, BLOCK)], layout=gpu.Layout.WGMMA.reduce(1))
             dq = _zeros(width)
@@ -220,7 +217,7 @@ def _backward(
             return ()
 
         def keys(number, _):  # type: ignore[no-untyped-def]
-            start = first_of(number)
+            start = _start(number, rows)
             dk, dv = _zeros(width), _zeros(width)
             for first, count in chunks:
                 s, dp = scores_and_dp(k_at + start, v_at + start, q_at + first, dout_at + first, count)
@@ -241,7 +238,7 @@ def _backward(
             store(dk / math.sqrt(width), dk_part, start)
             return ()
 
-        count = len(_blocks(rows))
+        count = _blocks(rows)
         lax.fori_loop(0, count, queries, ())
         lax.fori_loop(0, count, keys, ())
         gpu.wait_smem_to_gmem(0)
@@ -279,9 +276,15 @@ def _tables(rows: int, width: int, dtype: Any, swizzle: int) -> Any:
     return gpu.SMEM((rows, width), dtype, transforms=(tiles, gpu.SwizzleTransform(swizzle)))
 
 
-def _blocks(rows: int) -> Sequence[int]:
-    """First rows of the blocks that cover `rows`; the last one overlaps the one before, and says the same there."""
-    return [min(start, rows - BLOCK) for start in range(0, rows, BLOCK)]
+def _blocks(rows: int) -> int:
+    """How many blocks cover `rows`."""
+    return -(-rows // BLOCK)
+
+
+def _start(number: Any, rows: int) -> Any:
+    """The first row of a block; the last one ends with the last row, overlaps the one before, and says the same there."""
+    pallas, _ = hopper.pallas()
+    return pallas.multiple_of(jnp.minimum(number * BLOCK, rows - BLOCK), ROWS)
 
 
 def _chunks(rows: int, multiple: int) -> Iterator[tuple[int, int]]:
@@ -315,7 +318,7 @@ def _where_seen(values: Array, chunk: tuple[int, int], length: int, otherwise: f
     return values if first + count <= length else jnp.where(_indices(values, 1) + first < length, values, otherwise)
 
 
-def _where_row_seen(values: Array, start: int, length: int) -> Array:
+def _where_row_seen(values: Array, start: Any, length: int) -> Array:
     """Rows of a block, with zeros in those from `length` on."""
     return jnp.where(_indices(values, 0) + start < length, values, 0)
 

@@ -94,22 +94,22 @@ def norm_gradient(
                 spare = gpu.broadcasted_iota(jnp.int32, xhat.shape, 1, layout=layout) == width - 1
                 xhat, dn = jnp.where(spare, 0, xhat), jnp.where(spare, 0, dn)
             if centred:
-                xhat = xhat - _each(xhat.sum(axis=1) / width, xhat)
+                xhat = xhat - hopper.each_row(xhat.sum(axis=1) / width, xhat)
             total = xhat.sum(axis=1) if squared_sum else None
             power = (xhat * xhat).sum(axis=1)
             r = lax.rsqrt((power if total is None else power + total * total) / divisor + eps)
             g = dn if gamma is None else dn * lax.broadcast_in_dim(gamma, dn.shape, [1])
             along = (g * xhat).sum(axis=1)
             if centred:
-                g = g - _each(g.sum(axis=1) / width, g)
-            direction = xhat if total is None else xhat + _each(total, xhat)
-            dx = _each(r, g) * g - _each(r * r * r * along / divisor, direction) * direction
+                g = g - hopper.each_row(g.sum(axis=1) / width, g)
+            direction = xhat if total is None else xhat + hopper.each_row(total, xhat)
+            dx = hopper.each_row(r, g) * g - hopper.each_row(r * r * r * along / divisor, direction) * direction
             if spare_lane:
                 dx = jnp.where(spare, 0, dx)
             if dbranch_ref is not None:
                 dx = dx + load(dbranch_ref)
             dx_ref[at] = dx.astype(x.dtype)
-            terms = {"dx": lambda: dx, "dscale": lambda: dn * xhat * _each(r, xhat), "dbias": lambda: dn}
+            terms = {"dx": lambda: dx, "dscale": lambda: dn * xhat * hopper.each_row(r, xhat), "dbias": lambda: dn}
             return tuple(sum + terms[name]() for sum, name in zip(sums, column_sums, strict=True))
 
         zeros = tuple(gpu.layout_cast(jnp.zeros((WARPS, width), jnp.float32), layout) for _ in column_sums)
@@ -124,8 +124,3 @@ def norm_gradient(
         **hopper.row_blocks(blocks, interpret, barriers=False),
     )(*arguments)
     return dx, *(sum.sum(axis=0) for sum in sums)
-
-
-def _each(row_values: Array, like: Array) -> Array:
-    """A number for each row, along it."""
-    return lax.broadcast_in_dim(row_values, like.shape, [0])

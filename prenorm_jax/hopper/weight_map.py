@@ -179,7 +179,7 @@ def _read(form: Form, kernel: Array, bias: Array, gamma: Array, beta: Array) -> 
         gpu.barrier_wait(loaded)
 
         def factor(index, at, like):  # type: ignore[no-untyped-def]
-            return _each(load(affine.at[index, at], layout=layout.reduce(1)), like)
+            return hopper.each_row(load(affine.at[index, at], layout=layout.reduce(1)), like)
 
         last = None
         if form.sums.from_last:
@@ -292,8 +292,8 @@ def _written(form: Form, kernel: Array) -> Array:
             w = gpu.load(rows_ref.at[at], layout=layout, optimized=False)
             is_last = gpu.broadcasted_iota(jnp.int32, w.shape, 1, layout=layout) == width - 1
             if form.sums.from_last:
-                w = w - _each(jnp.where(is_last, w, 0).sum(axis=1), w)
-            new = w - _each(share * w.sum(axis=1), w)
+                w = w - hopper.each_row(jnp.where(is_last, w, 0).sum(axis=1), w)
+            new = w - hopper.each_row(share * w.sum(axis=1), w)
             out_ref[at] = (jnp.where(is_last, 0, new) if form.packed else new).astype(form.dtype)
             return ()
 
@@ -302,11 +302,6 @@ def _written(form: Form, kernel: Array) -> Array:
     out = jax.ShapeDtypeStruct(rows.shape, form.dtype)
     launch = hopper.row_blocks(blocks, form.interpret, barriers=False)
     return gpu.kernel(map_rows, out_type=out, **launch)(rows).reshape(kernel.shape)
-
-
-def _each(row_values: Array, like: Array) -> Array:
-    """A number for each row, along it."""
-    return lax.broadcast_in_dim(row_values, like.shape, [0])
 
 
 def _along(row: Array, like: Array) -> Array:
