@@ -1,11 +1,12 @@
-"""What mapping all weights costs a training step: python -m prenorm_jax.measure.weight_map [--size B/16] [--batch 256] [--json PATH]
+"""What mapping all weights costs a training step: python -m prenorm_jax.measure.weight_map vit B/16 --batch 256 [--json PATH]
 
 A step in Pre-LN coordinates maps the trained weights to the variant's, and pulls the gradient back through the map; a native step has
 neither. Two tables, taken in one process with interleaved windows (`step_time`):
 
     steps   each variant's step in native coordinates, again (the noise floor), and in Pre-LN coordinates; ratio to its native step.
-    maps    the map alone, and with its pull-back, of our tree and of one that is laid out as google-research/vision_transformer's.
-            Seconds, and the share of the native Pre-LN step. A step that holds a map can hide some of it behind other work.
+    maps    the map alone, and with its pull-back, of our tree and, for a ViT, of one that is laid out as
+            google-research/vision_transformer's. Seconds, and the share of the native Pre-LN step. A step that holds a map can hide
+            some of it behind other work.
 """
 
 import argparse
@@ -23,56 +24,43 @@ import jax.numpy as jnp
 import numpy as np
 
 from prenorm_jax import layouts, models, transforms
-from prenorm_jax.measure.step_time import Case, interleaved, training_case
+from prenorm_jax.measure.equivalence import PRE_LN, Config, Form
+from prenorm_jax.measure.step_time import TIMED, Case, interleaved
+from prenorm_jax.measure.works import FAMILIES, Work, work
 from prenorm_jax.models import ViTConfig
+from prenorm_jax.models.config import ConfigError
 from prenorm_jax.paths import Tree
-from prenorm_jax.training.experiment import Optimizer
-from prenorm_jax.training.optimizer import make_optimizer
-from prenorm_jax.training.tasks import ImageClassification
 
-VARIANTS = ("pre_rmsnorm", "pre_crmsnorm")
+VARIANTS = {"pre_rmsnorm": TIMED["pre_rmsnorm"], "pre_crmsnorm": TIMED["pre_crmsnorm-reflect"]}
 BASELINE = "pre_ln, native"
 Map = Callable[[Tree], Tree]
 
 
-def measure_steps(config: ViTConfig, batch_size: int, *, threads: int = 4, **windows: int) -> dict[str, Any]:
+def measure_steps(timed: Work, *, threads: int = 4, **windows: int) -> dict[str, Any]:
     """Times steps. Returns what `table` prints, but for the maps.
 
     Args:
-      config: of the model, in any variant.
-      batch_size: images of a step.
+      timed: a training step, in any coordinates.
       threads: steps compiled at a time.
       windows: warmup_steps, window_steps and windows of `interleaved`.
     """
-    params = drawn(models.abstract(_of(config, "pre_ln")))
-    rng = np.random.default_rng(0)
-    images = (batch_size, config.image_size, config.image_size, config.channels)
-    batch = {
-        "inputs": rng.standard_normal(images, np.float32),
-        "targets": rng.integers(config.classes, size=batch_size).astype(np.int32),
-        "weights": np.ones(batch_size, np.float32),
-    }
-    tx = make_optimizer(Optimizer(), steps=1000)
-
-    def step(norm: str, coordinates: str) -> Case:
-        form, task = _of(config, norm), ImageClassification(label_smoothing=0.1)
-        own = jax.jit(lambda params: models.native(params, form))(params) if coordinates == "native" else params
-        return training_case(form, own, task, tx, batch, coordinates=coordinates)
-
-    wanted = {BASELINE: ("pre_ln", "native")}
-    for norm in VARIANTS:
+    native, mapped = (dataclasses.replace(timed, coordinates=which) for which in ("native", "pre_ln"))
+    wanted = {BASELINE: (native, PRE_LN)}
+    for norm, form in VARIANTS.items():
         # Each case owns its state, since a step takes its state's memory.
-        wanted |= {f"{norm}, native": (norm, "native"), f"{norm}, native again": (norm, "native")}
-        wanted[f"{norm}, pre_ln coordinates"] = (norm, "pre_ln")
+        wanted |= {f"{norm}, native": (native, form), f"{norm}, native again": (native, form)}
+        wanted[f"{norm}, pre_ln coordinates"] = (mapped, form)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        steps = dict(zip(wanted, pool.map(lambda of: step(*of), wanted.values()), strict=True))
+        cases = [pool.submit(step.case, form) for step, form in wanted.values()]
+        steps = {name: case.result() for name, case in zip(wanted, cases, strict=True)}
     times = interleaved(steps, **windows)
     device = jax.devices()[0]
     return {
+        "work": f"{timed.name}, batch {timed.batch}",
         "device": f"{device.device_kind} ({device.platform}, {platform.machine()}), jax {jax.__version__}",
-        "model": dataclasses.asdict(config),
-        "batch_size": batch_size,
-        "parameters": models.count(_of(config, "pre_ln")),
+        "model": dataclasses.asdict(timed.model),
+        "batch_size": timed.batch,
+        "parameters": models.count(PRE_LN.of(timed.model)),
         "steps": {
             name: {
                 "ms": 1e3 * found.median,
@@ -84,7 +72,7 @@ def measure_steps(config: ViTConfig, batch_size: int, *, threads: int = 4, **win
     }
 
 
-def measure_maps(config: ViTConfig, baseline_ms: float, *, threads: int = 4, **windows: int) -> dict[str, Any]:
+def measure_maps(config: Config, baseline_ms: float, *, threads: int = 4, **windows: int) -> dict[str, Any]:
     """Times the maps alone, by name.
 
     Args:
@@ -93,7 +81,7 @@ def measure_maps(config: ViTConfig, baseline_ms: float, *, threads: int = 4, **w
     """
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         wanted = {}
-        for name, change, tree in foreign_and_own_maps(config):
+        for name, change, tree in maps_of(config):
             values = drawn(tree)
             wanted[name] = pool.submit(map_case, change, values)
             wanted[f"{name}, and back"] = pool.submit(map_and_pull_back_case, change, values)
@@ -104,18 +92,22 @@ def measure_maps(config: ViTConfig, baseline_ms: float, *, threads: int = 4, **w
     }
 
 
-def foreign_and_own_maps(config: ViTConfig) -> list[tuple[str, Map, Tree]]:
+def maps_of(config: Config) -> list[tuple[str, Map, Tree]]:
     """(name, map, abstract tree) of every map that is timed by itself."""
-    own = models.abstract(_of(config, "pre_ln"))
+    own = models.abstract(PRE_LN.of(config))
+
+    def ours(norm: str, form: Form) -> tuple[str, Map, Tree]:
+        return f"ours, {norm}", lambda params: models.running(params, form.of(config)), own
+
+    maps = [ours(norm, form) for norm, form in VARIANTS.items()]
+    if not isinstance(config, ViTConfig):
+        return maps
     foreign, spec = foreign_tree(config), layouts.vision_transformer()
     return [
         ("foreign, recenter", lambda params: transforms.recenter(params, spec), foreign),
         ("foreign, to_pre_rmsnorm", lambda params: transforms.to_pre_rmsnorm(params, spec), foreign),
         ("foreign, to_pre_crmsnorm", lambda params: transforms.to_pre_crmsnorm(params, spec), foreign),
-        *(
-            (f"ours, {norm}", lambda params, norm=norm: models.running(params, _of(config, norm)), own)
-            for norm in VARIANTS
-        ),
+        *maps,
     ]
 
 
@@ -184,7 +176,7 @@ def map_and_pull_back_case(change: Map, params: Tree) -> Case:
 def table(result: dict[str, Any]) -> str:
     """Markdown of the tables that there are."""
     lines = [
-        f"Batch {result['batch_size']}, {result['parameters']:,} parameters, {result['device']}.",
+        f"{result['work']}, {result['parameters']:,} parameters, {result['device']}.",
         "",
         "| training step | ms | against its native step |",
         "|---|---|---|",
@@ -198,10 +190,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _of(config: ViTConfig, norm: str) -> ViTConfig:
-    return dataclasses.replace(config, norm=norm)
-
-
 def _native(name: str) -> str:
     return f"{name.partition(',')[0]}, native"
 
@@ -211,10 +199,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="prenorm_jax.measure.weight_map", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--size", default="B/16", help="of the ViT")
-    parser.add_argument("--image", type=int, default=224, help="pixels on a side")
+    parser.add_argument("family", choices=tuple(FAMILIES), help="the model")
+    parser.add_argument("size", help="B/16, small, ...")
+    parser.add_argument("--batch", type=int, required=True, help="examples of a step")
     parser.add_argument("--depth", type=int, help="layers, if not those of the size")
-    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--warmup-steps", type=int, default=10)
     parser.add_argument("--window-steps", type=int, default=20)
     parser.add_argument("--windows", type=int, default=7)
@@ -222,14 +210,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=pathlib.Path, help="where the result goes")
     given = parser.parse_args(arguments)
     fields: dict[str, Any] = {"depth": given.depth} if given.depth else {}
-    fields |= {"scan_layers": True, "unroll": True}  # as `works.work` has it: the fastest step
-    config = models.vit_config(given.size, image_size=given.image, dtype="bfloat16", **fields)
+    try:
+        timed = work(given.family, given.size, given.batch, "training", **fields)
+    except ConfigError as error:
+        print(f"prenorm_jax.measure.weight_map: {error}", file=sys.stderr)
+        return 2
     windows = {"warmup_steps": given.warmup_steps, "window_steps": given.window_steps, "windows": given.windows}
-    result = measure_steps(config, given.batch, threads=given.threads, **windows)
+    result = measure_steps(timed, threads=given.threads, **windows)
     if given.json:  # before the maps, each of which has to be compiled
         save(result, given.json)
     baseline_ms = result["steps"][BASELINE]["ms"]
-    result["maps"] = measure_maps(config, baseline_ms, threads=given.threads, **windows)
+    result["maps"] = measure_maps(timed.model, baseline_ms, threads=given.threads, **windows)
     print(table(result))
     if given.json:
         save(result, given.json)

@@ -8,11 +8,12 @@ import pytest
 
 from prenorm_jax import models, transforms
 from prenorm_jax.measure import weight_map
+from prenorm_jax.measure.works import Work
 
 pytestmark = pytest.mark.slow  # on one Python
 
 CONFIG = models.ViTConfig(width=8, depth=1, heads=2, mlp_width=16, image_size=8, patch_size=4, classes=3)
-
+GPT = models.GPTConfig(width=8, depth=1, heads=2, mlp_width=16, context=8, vocab_size=16)
 
 WINDOWS = {"warmup_steps": 1, "window_steps": 1, "windows": 2}
 
@@ -21,15 +22,16 @@ WINDOWS = {"warmup_steps": 1, "window_steps": 1, "windows": 2}
 def result():
     jax.config.update("jax_disable_most_optimizations", True)  # 17 programs, each run four times
     try:
-        steps = weight_map.measure_steps(CONFIG, 2, **WINDOWS)
+        steps = weight_map.measure_steps(Work("ViT-tiny", CONFIG, 2, "training"), **WINDOWS)
         baseline_ms = steps["steps"][weight_map.BASELINE]["ms"]
         return steps | {"maps": weight_map.measure_maps(CONFIG, baseline_ms, **WINDOWS)}
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
 
 
-def test_every_map_covers_its_tree_and_changes_it():
-    for name, change, tree in weight_map.foreign_and_own_maps(CONFIG):
+@pytest.mark.parametrize("config", [CONFIG, GPT], ids=["vit", "gpt"])
+def test_every_map_covers_its_tree_and_changes_it(config):
+    for name, change, tree in weight_map.maps_of(config):
         params = weight_map.drawn(tree)
         mapped = jax.tree.map(np.asarray, change(params))
         assert jax.tree.map(np.shape, mapped) != jax.tree.map(np.shape, params) or any(
@@ -83,8 +85,13 @@ def test_it_writes_what_it_measured(result, monkeypatch, tmp_path, capsys):
         assert baseline_ms == result["steps"][weight_map.BASELINE]["ms"]
         return result["maps"]
 
-    monkeypatch.setattr(weight_map, "measure_steps", lambda config, batch_size, **windows: steps)
+    monkeypatch.setattr(weight_map, "measure_steps", lambda timed, **windows: steps)
     monkeypatch.setattr(weight_map, "measure_maps", measure_maps)
-    assert weight_map.main(["--size", "Ti/16", "--json", str(path)]) == 0
+    assert weight_map.main(["vit", "Ti/16", "--batch", "2", "--json", str(path)]) == 0
     assert json.loads(path.read_text()).keys() == result.keys()
     assert "| training step | ms |" in capsys.readouterr().out
+
+
+def test_a_size_that_is_none_is_refused_in_one_line(capsys):
+    assert weight_map.main(["gpt", "tiny", "--batch", "2"]) == 2
+    assert "allowed: small" in capsys.readouterr().err
