@@ -4,9 +4,11 @@ python -m prenorm_jax.training.overlay --out=FILE WORKDIR WORKDIR ...      write
 
 The runs train one model on one data set for as many steps, in any variants, coordinates and seeds. A variant is held against the Pre-LN
 run of its own seed; how far apart two Pre-LN runs of different seeds end is the spread. Without both there is no verdict.
+One pair of runs is one draw of what roundings and seeds do: beside the verdicts stand root mean squares over all runs and all pairs.
 """
 
 import argparse
+import collections
 import json
 import pathlib
 import sys
@@ -16,9 +18,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from prenorm_jax.models.config import ConfigError
+from prenorm_jax.models.config import NORMS, ConfigError
 from prenorm_jax.training import charts, metrics
-from prenorm_jax.training.experiment import Experiment, read_experiment
+from prenorm_jax.training.experiment import COORDINATES, Experiment, read_experiment
 
 COLOURS = {"pre_ln": "#4c4c4c", "pre_rmsnorm": "#1f77b4", "reflect": "#2ca02c", "drop": "#98df8a"}
 
@@ -54,6 +56,7 @@ def read(workdirs: Sequence[pathlib.Path]) -> dict[str, Any]:
             }
         )
     assert first is not None
+    runs.sort(key=lambda run: (NORMS.index(run["norm"]), run["coordinates"] != "pre_ln", run["seed"]))
     return {"data": first.data.name, **compared(runs)}
 
 
@@ -62,6 +65,8 @@ def compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
     Distances are of the last held-out losses ("difference", "within") and, in the mean over the evaluations, of the curves
     ("curve_difference", "curve_within"): where runs part as roundings do, the last loss is one draw, and the curve is many.
+    "seeds_rms" is the root mean square of what the last losses of two Pre-LN runs differ by, over all pairs; "variants_rms" that of the
+    variants' distances, by coordinates.
 
     >>> run = {"coordinates": "pre_ln", "basis": None, "train": []}
     >>> losses = {("pre_ln", 0): 1.00, ("pre_ln", 1): 1.02, ("pre_rmsnorm", 0): 1.01}
@@ -91,7 +96,19 @@ def compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
                 else curve_difference <= curve_spread,
             }
         )
-    return {"spread": spread, "curve_spread": curve_spread, "runs": found}
+    distances = {
+        coordinates: [
+            run["difference"] for run in found if run["coordinates"] == coordinates and run["difference"] is not None
+        ]
+        for coordinates in COORDINATES
+    }
+    return {
+        "spread": spread,
+        "curve_spread": curve_spread,
+        "seeds_rms": _root_mean_square([_difference(a, b) for a, b in pairs]),
+        "variants_rms": {name: _root_mean_square(differences) for name, differences in distances.items()},
+        "runs": found,
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -114,6 +131,12 @@ def table(result: dict[str, Any]) -> str:
         if result["spread"] is not None
         else "Without two Pre-LN runs of different seeds there is no spread, and no verdict."
     )
+    if result["spread"] is not None:
+        variants = [
+            f"{value:.4f} ({name} coordinates)" for name, value in result["variants_rms"].items() if value is not None
+        ]
+        spread += f" Root mean square: two seeds end {result['seeds_rms']:.4f} apart"
+        spread += f", variants {' and '.join(variants)} from Pre-LN of their seed." if variants else "."
     return "\n".join([*lines, "", spread, ""])
 
 
@@ -122,12 +145,17 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     train, held_out, apart = figure.subplots(1, 3)
     pre_ln = {str(run["seed"]): dict(run["eval"]) for run in result["runs"] if run["norm"] == "pre_ln"}
+    seeds = collections.defaultdict(list)
     for run in result["runs"]:
+        seeds[_variant(run)].append(_seed(run))
+    for run in result["runs"]:
+        variant = _variant(run)
+        first = seeds[variant][0] == _seed(run)  # one line of the legend for all seeds of a variant
         style = {
             "color": COLOURS[run["basis"] or run["norm"]],
             "linestyle": "-" if run["coordinates"] == "pre_ln" else "--",
-            "linewidth": 1.2,
-            "label": label(run),
+            "linewidth": 1.2 if first else 0.7,
+            "label": f"{variant}, seed {', '.join(seeds[variant])}" if first else None,
         }
         for panel, name in ((train, "train"), (held_out, "eval")):
             if run[name]:
@@ -154,9 +182,17 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
 
 def label(run: dict[str, Any]) -> str:
     """A run's name: variant, coordinates, seed."""
-    seeds = run["seed"] if isinstance(run["seed"], list) else [run["seed"]]
+    return f"{_variant(run)}, seed {_seed(run)}"
+
+
+def _variant(run: dict[str, Any]) -> str:
     name = f"{run['norm']}-{run['basis']}" if run["basis"] else run["norm"]
-    return f"{name}, {run['coordinates']} coordinates, seed {'/'.join(map(str, dict.fromkeys(seeds)))}"
+    return f"{name}, {run['coordinates']} coordinates"
+
+
+def _seed(run: dict[str, Any]) -> str:
+    seeds = run["seed"] if isinstance(run["seed"], list) else [run["seed"]]
+    return "/".join(map(str, dict.fromkeys(seeds)))
 
 
 def _experiment(workdir: pathlib.Path) -> Experiment:
@@ -186,6 +222,10 @@ def _require_comparable(workdir: pathlib.Path, experiment: Experiment, first: Ex
 
 def _difference(run: dict[str, Any], other: dict[str, Any]) -> float:
     return float(run["last"]["loss"] - other["last"]["loss"])
+
+
+def _root_mean_square(values: Sequence[float]) -> float | None:
+    return float(np.sqrt(np.mean(np.square(values)))) if values else None
 
 
 def _curve_difference(run: dict[str, Any], other: dict[str, Any]) -> float:

@@ -237,6 +237,15 @@ def test_runs_are_overlaid_and_judged_by_two_seeds(runs, tmp_path, capsys):
     text = (tmp_path / "curves.md").read_text()
     assert text == capsys.readouterr().out[:-1]
     assert "| pre_rmsnorm, pre_ln coordinates, seed 0/1 |" in text
+    assert found["seeds_rms"] == pytest.approx(found["spread"])  # of one pair
+    assert found["variants_rms"] == {"pre_ln": pytest.approx(abs(found["runs"][2]["difference"])), "native": None}
+    assert f"two seeds end {found['seeds_rms']:.4f} apart" in text
+
+
+def test_variants_come_behind_pre_ln_in_whatever_order_they_are_named(runs):
+    found = overlay.read([runs.root / name for name in ("rms", "other", "pre_ln")])
+    assert [run["norm"] for run in found["runs"]] == ["pre_ln", "pre_ln", "pre_rmsnorm"]
+    assert [run["seed"] for run in found["runs"][:2]] == sorted(run["seed"] for run in found["runs"][:2])
 
 
 def test_a_variant_that_learns_something_else_is_outside(runs, tmp_path):
