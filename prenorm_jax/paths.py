@@ -36,7 +36,8 @@ def leaves(tree: Tree) -> dict[str, Any]:
 def with_leaves(tree: Tree, flat: Mapping[str, Any], like: Mapping[str, tuple[str, int]] | None = None) -> Tree:
     """`tree` with the leaves of `flat`: replaced, added beside others or removed; `tree` itself is left as it is.
 
-    Containers keep their type. Leaves can be added to and removed from mappings only; a new leaf's parents are made where they are missing,
+    Containers keep their type. Leaves can be added to and removed from mappings only, which may lie in lists and tuples; a new leaf's
+    parents are made where they are missing,
     and its box (a Flax Variable, a partitioned parameter) is like its neighbours', or like that of the leaf that `like` names for it,
     less one of its (negative) axes.
     Raises: TreeError where a leaf would have to be added to or removed from something else.
@@ -94,17 +95,23 @@ def _moved_name(names: tuple[Any, ...], source: int, target: int) -> tuple[Any, 
 
 def _rebuilt(node: Tree, prefix: str, unused: dict[str, Any], parents: set[str]) -> Tree:
     if isinstance(node, Mapping):
-        kept = {key: child for key, child in _children(node).items() if f"{prefix}{key}" in parents}
+        kept = {key: child for key, child in _children(node).items() if f"{prefix}{key}" in parents or child is None}
         children = {key: _rebuilt(child, f"{prefix}{key}/", unused, parents) for key, child in kept.items()}
         for path in [p for p in unused if p.startswith(prefix)]:
             *names, last = path[len(prefix) :].split("/")
             parent = children
             for name in names:
-                parent = parent.setdefault(name, {})
+                parent = parent.setdefault(name, {}) if isinstance(parent, dict) else None
             if not isinstance(parent, dict):
                 raise TreeError(f"{path}: can't be added to this container; pass the parameters as nested dicts")
             parent[last] = _boxed_like(node, unused.pop(path))
         return type(node)(children)  # type: ignore[call-arg]
+    if isinstance(node, list | tuple):
+        held, structure = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
+        inner = [(f"{prefix}{_path(keys)}", child) for keys, child in held]
+        if all(path in unused or not jax.tree_util.all_leaves([child]) for path, child in inner):
+            rebuilt = [_rebuilt(child, f"{path}/", unused, parents) for path, child in inner]
+            return jax.tree_util.tree_unflatten(structure, rebuilt)
     paths = [f"{prefix}{path}".rstrip("/") for path in leaves(node)]
     missing = [path for path in paths if path not in unused]
     if missing:

@@ -93,7 +93,7 @@ def compress(
       dtypes: path -> dtype of writers and readers that are wanted in another than they are stored in: rounded to it, once.
 
     Raises: LayoutError for a tree that is compressed already (where the description knows the width), is packed, or whose main
-      branch is narrower than 2; ValueError for an unknown basis or layout.
+      branch is narrower than 2, and for a leaf of `dtypes` that is not there; ValueError for an unknown basis or layout.
     """
     maps = basis_maps(basis)
     if layout not in ("compact", "packed"):
@@ -319,6 +319,8 @@ def _transform(
     found = spec.resolve(params)
     old = leaves(params)
     new = dict(old)
+    if unknown := [path for path in dtypes if path not in old]:
+        raise LayoutError(f"dtypes: {unknown[0]}: no such leaf; the paths are like {', '.join(list(old)[:3])}")
     _require_floats(found, old)
     _check_kept(found, reader, spare)
     gained: dict[str, tuple[str, int]] = {}

@@ -123,6 +123,12 @@ def test_an_optional_writer_may_be_missing_and_an_absent_description_is_refused(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: MainBranch("a/{i}", []), "writers: 'a/{i}'; expected a list of Writer"),
+        (lambda: MainBranch(["a"], []), "writers: 'a' is among them; expected a list of Writer"),
+        (lambda: MainBranch([], [Norm(Reader("r"))]), r"readers of a norm: Reader\(.*\); expected a list of Reader"),
+        (lambda: MainBranch([], [], others="a/**"), r"others: 'a/\*\*'; expected a list of str or MainBranch"),
+        (lambda: MainBranch([], [], width="8"), "width: '8'; expected a number"),
+        (lambda: MainBranch([Writer("a", axis="last")], []), "a: axis 'last'; axes are negative numbers, .* last$"),
         (lambda: MainBranch([Writer("a", axis=1)], []), r"a: axis 1; axes are negative.*\(write 1 - rank\)"),
         (lambda: MainBranch([], [Norm([Reader("r", axis=0)])]), "r: axis 0; axes are negative"),
         (lambda: MainBranch([], [], width=("w", 1)), "w: axis 1; axes are negative"),
@@ -190,6 +196,8 @@ def trees():
         "dict": {"norm": {"scale": jnp.ones(2)}, "up": linear},
         "integer keys": {0: {"scale": jnp.ones(2)}, 1: linear},
         "dotted keys": {"up.kernel": jnp.ones((2, 3)), "norm.scale": jnp.ones(2)},
+        "a list of dicts": [{"kernel": jnp.ones((2, 3))}, {"scale": jnp.ones(2), "none": None}],
+        "a dict in a tuple in a list": {"layers": [({"scale": jnp.ones(2), **linear}, None), None]},
         "slashed keys": {"net/~/up": linear, "net/~/norm": {"scale": jnp.ones(2)}},
         "FrozenDict": FrozenDict({"norm": {"scale": jnp.ones(2)}, "up": linear}),
         "nnx.State": nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0))),

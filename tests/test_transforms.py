@@ -456,6 +456,36 @@ def test_lists_keep_their_type():
     np.testing.assert_array_equal(actual[2]["kernel"], 2)
 
 
+@pytest.mark.parametrize("sequence", [list, tuple])
+@pytest.mark.parametrize("change", [pn.to_pre_rmsnorm, functools.partial(pn.compress, layout="packed")])
+def test_layers_in_a_list_change_as_those_in_a_dict(sequence, change, assert_same):
+    """A bias is added to the first layer and, packed, taken from the second, which lie in no mapping themselves."""
+    rng = np.random.default_rng(0)
+
+    def layer(*biases):
+        up = {"kernel": rng.standard_normal((WIDTH, 5)), **{name: rng.standard_normal(5) for name in biases}}
+        return {
+            "norm": {"scale": rng.random(WIDTH), "bias": rng.random(WIDTH)},
+            "up": up,
+            "down": rng.random((5, WIDTH)),
+        }
+
+    layers, embed = [layer(), layer("bias")], rng.random((3, WIDTH))
+    up = Reader("layers/{i}/up/kernel", bias="layers/{i}/up/bias")
+    norm = Norm([up], scale="layers/{i}/norm/scale", bias="layers/{i}/norm/bias")
+    spec = MainBranch([Writer("embed"), Writer("layers/{i}/down")], [norm], width=WIDTH)
+    found = change({"embed": embed, "layers": sequence(layers)}, spec)
+    wanted = change({"embed": embed, "layers": dict(enumerate(layers))}, spec)
+    assert type(found["layers"]) is sequence
+    assert_same(leaves(found), leaves(wanted))
+
+
+def test_a_dtype_for_a_leaf_that_is_not_there_is_refused():
+    for change in (pn.to_pre_rmsnorm, pn.compress):
+        with pytest.raises(pn.LayoutError, match="dtypes: typo: no such leaf; the paths are like embed"):
+            change(tree(), SPEC, dtypes={"typo": np.float32})
+
+
 @pytest.mark.parametrize("path", ["embed", "head/kernel"])
 def test_a_quantised_leaf_is_refused(path):
     params = tree()

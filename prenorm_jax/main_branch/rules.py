@@ -1,7 +1,7 @@
 """The rules of a description, as data: writers, readers, norms, and the main branch that they make."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from prenorm_jax.main_branch import patterns
@@ -108,10 +108,14 @@ class MainBranch:
     stacked: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "writers", tuple(self.writers))
-        object.__setattr__(self, "norms", tuple(dataclasses.replace(n, readers=tuple(n.readers)) for n in self.norms))
-        object.__setattr__(self, "others", tuple(self.others))
-        object.__setattr__(self, "recentered", tuple(self.recentered))
+        object.__setattr__(self, "writers", _all(self.writers, "writers", Writer))
+        norms = _all(self.norms, "norms", Norm)
+        norms = tuple(dataclasses.replace(n, readers=_all(n.readers, "readers of a norm", Reader)) for n in norms)
+        object.__setattr__(self, "norms", norms)
+        object.__setattr__(self, "others", _all(self.others, "others", str, MainBranch))
+        object.__setattr__(self, "recentered", _all(self.recentered, "recentered", str))
+        if not isinstance(self.width, int | tuple | None):
+            raise LayoutError(f"width: {self.width!r}; expected a number, (leaf pattern, negative axis), or None")
         object.__setattr__(self, "stacked", tuple(dict(self.stacked).items()))
         for stack, axis in dict(self.stacked).items():
             if not isinstance(axis, int) or axis < 1:
@@ -123,9 +127,8 @@ class MainBranch:
         axes += [self.width] if isinstance(self.width, tuple) else []
         for leaf, axis in axes:
             if not isinstance(axis, int) or axis >= 0:
-                raise LayoutError(
-                    f"{leaf}: axis {axis!r}; axes are negative, counted from the last (write {axis!r} - rank)"
-                )
+                instead = f" (write {axis} - rank)" if isinstance(axis, int) else ""
+                raise LayoutError(f"{leaf}: axis {axis!r}; axes are negative numbers, counted from the last{instead}")
         for kind, of, pattern in [
             *(("the bias", reader.kernel, reader.bias) for reader in readers),
             *(("the scale", writer.leaf, writer.scale) for writer in self.writers),
@@ -216,6 +219,18 @@ def side_by_side(*branches: MainBranch) -> tuple[MainBranch, ...]:
         dataclasses.replace(branch, others=(*branch.others, *(b for b in branches if b is not branch)))
         for branch in branches
     )
+
+
+def _all(given: Any, name: str, *kinds: type) -> tuple[Any, ...]:
+    """A list of a description's, as a tuple. Raises: LayoutError for what is no list of those kinds."""
+    expected = f"expected a list of {' or '.join(kind.__name__ for kind in kinds)}"
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise LayoutError(f"{name}: {given!r}; {expected}")
+    items = tuple(given)
+    for item in items:
+        if not isinstance(item, kinds):
+            raise LayoutError(f"{name}: {item!r} is among them; {expected}")
+    return items
 
 
 def _require_names_of(pattern: str | None, leaf: str, kind: str) -> None:
