@@ -34,8 +34,9 @@ def test_the_files_that_it_names_are_there(path):
         assert (DOCS / name).exists(), name
 
 
-def test_the_weight_maps_table_is_in_its_page():
-    result = json.loads((DOCS.parent / "results/weight_map/vit_b16.json").read_text())
+@pytest.mark.parametrize("name", ["vit_b16", "gpt_small"])
+def test_the_weight_maps_table_is_in_its_page(name):
+    result = json.loads((DOCS.parent / f"results/weight_map/{name}.json").read_text())
     assert weight_map.table(result) in (DOCS / "cost.md").read_text()
 
 
