@@ -32,8 +32,8 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
         "--best", action="store_true", help="the best checkpoint on disk, not the newest (train.keep_best)"
     )
     flags.add_argument("--prompt", help="print a continuation of this text instead")
-    flags.add_argument("--new_tokens", type=int, default=100)
-    flags.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    flags.add_argument("--new_tokens", type=int, help="default: 100")
+    flags.add_argument("--temperature", type=float, help="default: 0, always the likeliest token")
     flags.add_argument("--top_k", type=int)
     given, given_fields = flags.parse_known_args(argv)
     if given_fields and not given.config:
@@ -46,6 +46,9 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(
             "--forms: got it with --prompt; allowed: without, since text is written in the run's own form"
         )
+    for flag in ("new_tokens", "temperature", "top_k"):
+        if given.prompt is None and getattr(given, flag) is not None:
+            raise ConfigError(f"--{flag}: got it without --prompt; allowed: with a text to continue")
     if given.best and given.config:
         raise ConfigError("--best: got it with --config; allowed: with the workdir of a run alone")
     given.fields = given_fields
@@ -59,7 +62,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         flags = read_flags(argv)
         if flags.prompt is not None:
-            text = (flags.prompt, flags.new_tokens, flags.temperature, flags.top_k)
+            new_tokens = 100 if flags.new_tokens is None else flags.new_tokens
+            text = (flags.prompt, new_tokens, flags.temperature or 0.0, flags.top_k)
             print(evaluation.write_text(flags.workdir, *text, best=flags.best))
             return 0
         forms = tuple(filter(None, flags.forms.split(",")))

@@ -67,6 +67,7 @@ def test_a_gpt_continues_a_prompt(workdir):
         (["--workdir=nowhere"], "no checkpoint in"),
         (["--workdir=nowhere", "--forms=post_ln"], "pre_crmsnorm-reflect"),
         (["--workdir=nowhere", "--prompt=def", "--forms=pre_ln"], "--forms: got it with --prompt"),
+        (["--workdir=nowhere", "--temperature=0.8"], "--temperature: got it without --prompt"),
         (["--config=nowhere.py", "--best"], "--best: got it with --config"),
         (["--workdir=nowhere", "--new_tokens=many"], "invalid int value: 'many'"),
     ],

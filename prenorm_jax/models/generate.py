@@ -46,7 +46,9 @@ def generate(
     require(length >= 1 and new_tokens >= 1, "prompt and new_tokens", (length, new_tokens), "at least one token each")
     limit = f"at most the context, {config.context}, prompt included"
     require(length + new_tokens <= config.context, "new_tokens", new_tokens, limit)
-    require(0 <= temperature < math.inf, "temperature", temperature, "0 (greedy) or more, finite")
+    # Logits over less than that leave float32.
+    fits = temperature == 0 or 1e-6 <= temperature < math.inf
+    require(fits, "temperature", temperature, "0 (greedy), or 1e-6 or more, finite")
     require(top_k is None or 1 <= top_k <= config.vocab_size, "top_k", top_k, f"None or 1 to {config.vocab_size}")
     require(temperature == 0 or key is not None, "key", key, "a jax.random key where temperature > 0")
     keys = jax.random.split(jax.random.key(0) if key is None else key, new_tokens)

@@ -10,6 +10,7 @@ The three flags may also be environment variables, JAX_COORDINATOR_ADDRESS, JAX_
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 import threading
@@ -17,8 +18,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from prenorm_jax.models.config import ConfigError, require
+from prenorm_jax.training.experiment import differences
 
 KINDS = ("auto", "off", "plain", "slurm", "tpu")
 # After how long without a sign of life one of the processes counts as lost, and the others end.
@@ -120,6 +124,24 @@ def start(how: Start, seconds: int = 300) -> None:
         raise ConfigError(f"--distributed={how.kind}: {line}; allowed: off, or what JAX can start from") from None
     finally:
         watch.cancel()
+
+
+def require_same(said: Mapping[str, Any]) -> None:
+    """Refuses processes that don't say the same: each would train a model of its own, and they would meet in one run.
+
+    Raises: ConfigError, in all of them, naming what the first that differs says otherwise than process 0.
+    """
+    if jax.process_count() == 1:
+        return
+    text = json.dumps(said).encode()
+    longest = int(np.max(multihost_utils.process_allgather(np.int32(len(text)))))
+    rows = multihost_utils.process_allgather(np.frombuffer(text.ljust(longest), np.uint8))
+    first, *others = (json.loads(bytes(row)) for row in np.asarray(rows))
+    for process, other in enumerate(others, 1):
+        for line in differences(first, other, ""):
+            raise ConfigError(
+                f"{line[1:]} (process 0 -> {process}); allowed: one command and the same data for all processes"
+            )
 
 
 def _give_up(how: Start, seconds: int) -> None:

@@ -36,6 +36,7 @@ from prenorm_jax.training.experiment import Experiment, Mesh, Train, as_tree, re
 from prenorm_jax.training.results import save_beside
 
 DEPTHS = (2, 4)
+MOST_DEVICES = 4096  # which XLA's CPU client can still stand for
 KEPT = ("JAX_ENABLE_X64",)  # of the environment's settings of JAX, in the process that compiles
 TITLES = ("model", "data x fsdp x tensor", "batch", "state", "kept", "memory", "TFLOP", "exchanged", "whole")
 
@@ -49,6 +50,7 @@ def of(experiment: Experiment) -> str:
     asked = experiment.mesh
     others = asked.fsdp * asked.tensor
     devices = asked.data * others or max(jax.device_count(), others)
+    require(devices <= MOST_DEVICES, "config.mesh", f"{devices} devices", f"{MOST_DEVICES} at most in an estimate")
     require(devices % others == 0, "config.mesh", f"fsdp x tensor = {others}", f"a divisor of the {devices} devices")
     first = dataclasses.replace(asked, data=devices // others)
     # An estimate evaluates nothing, so its batch needn't come out even.

@@ -196,6 +196,7 @@ class Train:
         least_one = ("steps", "batch_size", "accumulate", "log_every", "eval_batch_size", "keep")
         least_zero = ("seed", "eval_every", "eval_examples", "checkpoint_every", "keep_best", "skip_nonfinite")
         _require_numbers(self, "train", {**dict.fromkeys(least_one, 1), **dict.fromkeys(least_zero, 0)})
+        require(self.seed < 2**31, "train.seed", self.seed, "less than 2**31")
         require_one_of("train.coordinates", self.coordinates, COORDINATES)
         require_one_of("train.best_by", self.best_by, ("loss", "accuracy"))
         require_one_of("train.wandb", self.wandb, ("off", "offline", "online"))

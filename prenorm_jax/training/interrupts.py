@@ -21,6 +21,10 @@ class Interrupted(Exception):
         self.step, self.status = step, 128 + signal_number
 
 
+class Received(Exception):
+    """A signal has come, and the work at hand can be left."""
+
+
 class Interrupts:
     """While it is entered, the first signal is only noted; a second one acts as if this were not there."""
 
@@ -45,8 +49,18 @@ class Interrupts:
         """The signal because of which the run is to stop behind `step`, the same in all of its processes, or None. To be asked at every
         step: several processes count them."""
         if not self._several:
-            return self.received
+            return self.now
         return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+
+    @property
+    def now(self) -> int | None:
+        """The signal because of which the run may stop without asking anybody: it is one process."""
+        return None if self._several else self.received
+
+    def leave(self) -> None:
+        """Raises: Received, where the run may stop."""
+        if self.now is not None:
+            raise Received
 
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         self.received = number

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import signal
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -13,12 +15,12 @@ import rich.console
 
 from prenorm_jax import models
 from prenorm_jax.models.config import ConfigError, require
-from prenorm_jax.training import boards, checkpoints, data, metrics, saving, sharding, summary
+from prenorm_jax.training import boards, checkpoints, data, distributed, metrics, results, saving, sharding, summary
 from prenorm_jax.training.disk import full_disks_told, is_full, removed_workdirs_told
 from prenorm_jax.training.experiment import Experiment, as_tree
 from prenorm_jax.training.guards import Guard
 from prenorm_jax.training.initial import initial_params
-from prenorm_jax.training.interrupts import Interrupted, Interrupts
+from prenorm_jax.training.interrupts import Interrupted, Interrupts, Received
 from prenorm_jax.training.lock import locked, refuse_in_use
 from prenorm_jax.training.log import Log
 from prenorm_jax.training.lost import lost_processes_told
@@ -47,13 +49,14 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
 
     Returns: the trained parameters, or their moving average where one is kept, in experiment.train.coordinates.
     Raises:
-      ConfigError: the workdir holds another model's checkpoint, or one in other coordinates; another process uses it;
-        the model is `no_norm`; a library that was asked for is missing. Nothing is written.
+      ConfigError: the workdir holds another model's checkpoint, one in other coordinates or, unfinished, of a later step than the
+        last, or the record of a finished run without its checkpoints; another process uses it; the processes of a run differ in
+        what they were given; the model is `no_norm`; a library that was asked for is missing. Nothing is written.
       DataError: the data can't be read. Where it could not from the start, nothing is written.
       NotFinite: a loss or a gradient is not finite, and no more steps may be skipped.
       ProcessLost: another process of the run is gone.
       DiskFull: there is no space left; what was complete is kept.
-      Interrupted: SIGINT or SIGTERM; the step under way was finished and saved.
+      Interrupted: SIGINT or SIGTERM; the step under way was finished and saved, an evaluation under way was not finished.
     """
     first = jax.process_index() == 0
     console = console or rich.console.Console(quiet=not first)
@@ -65,8 +68,11 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
     if first:  # before its checkpoints are read, which another run would be writing and removing
         refuse_in_use(workdir)
     changed = checkpoints.refuse_other_model(workdir, experiment)
-    splits = data.load(experiment)
-    run = _Run(experiment, splits, begins=checkpoints.latest(workdir) is None)
+    splits, newest = data.load(experiment), _newest(workdir, experiment)
+    examples = {"training": len(splits.train), "held out": len(splits.held_out)}
+    said = {"config": as_tree(experiment), "--workdir": str(workdir.absolute())}
+    distributed.require_same({**said, "newest checkpoint": newest, "examples": examples})
+    run = _Run(experiment, splits, begins=newest is None)
     batches = data.train_batches(splits.train, experiment.data, experiment.train.batch_size, *sharding.share(run.mesh))
 
     with full_disks_told(workdir), removed_workdirs_told(workdir), contextlib.ExitStack() as stack:
@@ -81,7 +87,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
         # Of a finished run nothing is written anew: its record is of what it was trained with, whatever it is started with now.
         unfinished = start < settings.steps
         if first and (unfinished or not (workdir / "config.json").exists()):
-            (workdir / "config.json").write_text(json.dumps(as_tree(experiment), indent=2) + "\n")
+            results.replace(workdir / "config.json", json.dumps(as_tree(experiment), indent=2) + "\n")
         rows = metrics.Metrics(workdir, start, experiment) if first else metrics.Nowhere()
         written = stack.enter_context(rows)
         progress = stack.enter_context(metrics.Progress(console, start, settings.steps))
@@ -90,9 +96,15 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
         profile = stack.enter_context(contextlib.closing(Profile(workdir, settings.profile)))
         interrupts = stack.enter_context(Interrupts())
         with lost_processes_told():  # before anything is closed that would wait for it
+            owed = start > 0 and not restored.evaluated and settings.due(start, settings.eval_every)
+            # The evaluation at that checkpoint failed, or was left.
+            if owed and run.evaluated(restored.state, log, interrupts) is None:
+                raise Interrupted(start, interrupts.received or signal.SIGTERM)
             state = run.steps(restored.state, batches, saved, log, guard, profile, interrupts)
         if first and (unfinished or not (workdir / "summary.json").exists()):
             summary.write(workdir, experiment)
+        if interrupts.received is not None:
+            raise Interrupted(settings.steps, interrupts.received)
     return judged_params(state)
 
 
@@ -163,19 +175,35 @@ class _Run:
                 continue
             # The rows up to this step are on disk before its checkpoint is: resuming there must not lose one.
             log.drain()
-            held_out = self.evaluate(judged_params(state)) if evaluating else None
-            if held_out is not None:
-                log.evaluated(step, held_out)
-            if saving:
+            held_out = None
+            if evaluating:
+                try:
+                    held_out = self.evaluated(state, log, interrupts)
+                except Exception:
+                    if jax.process_count() == 1:  # of several, the others are not here to save
+                        saved.save(state, batches, guard.skipped)
+                    raise
+                stopping = stopping or interrupts.now
+            if saving or stopping is not None:
                 saved.save(state, batches, guard.skipped, held_out)
-            if stopping is not None and step < settings.steps:
+            if stopping is not None and (step < settings.steps or held_out is None):
                 raise Interrupted(step, stopping)
             log.restart_clock()
         return state
 
-    def evaluate(self, params: Params) -> dict[str, float]:
+    def evaluated(self, state: State, log: Log, interrupts: Interrupts) -> dict[str, float] | None:
+        """Evaluates a state, and says so; None where a signal came before that was done."""
+        try:
+            held_out = self.evaluate(judged_params(state), interrupts.leave)
+        except Received:
+            return None
+        log.evaluated(int(state.step), held_out)
+        return held_out
+
+    def evaluate(self, params: Params, between: Callable[[], None]) -> dict[str, float]:
         """The task's summary over the held-out examples (or the first eval_examples of them, in a fixed order)."""
-        return evaluate(self.experiment, self.splits.held_out, self.running(params), self.eval_step, self.mesh)
+        running = self.running(params)
+        return evaluate(self.experiment, self.splits.held_out, running, self.eval_step, self.mesh, between)
 
 
 def evaluate(
@@ -184,22 +212,48 @@ def evaluate(
     running: Params,
     eval_step: Any = None,
     mesh: jax.sharding.Mesh | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Means over the held-out examples, summed up in float64, of `running` parameters (what `models.running` returns).
 
     Args:
       eval_step: `make_eval_step(experiment.model, task)`; made here where it is not given.
       mesh: what `running` lies on; each process reads its share of the examples.
+      between: called before each batch, and may raise.
     """
     settings, task = experiment.train, task_of(experiment)
     eval_step = eval_step or make_eval_step(experiment.model, task)
     share = sharding.share(mesh) if mesh else (0, 1)
     batches = data.eval_batches(held_out, settings.eval_batch_size, settings.eval_examples, experiment.data, *share)
     placed = (sharding.whole_batch(batch, mesh) if mesh else batch for batch in batches)
-    sums = [jax.device_get(eval_step(running, batch)) for batch in placed]
+    sums = []
+    for batch in placed:
+        between()
+        sums.append(jax.device_get(eval_step(running, batch)))
     totals = {name: float(np.sum([part[name] for part in sums], dtype=np.float64)) for name in sums[0]}
     weight = totals.pop("weight")
     return task.summary({name: total / weight for name, total in totals.items()})
+
+
+def _newest(workdir: pathlib.Path, experiment: Experiment) -> int | None:
+    """The step of the newest checkpoint. Raises: ConfigError for a workdir whose checkpoints or record this run would get in the way of."""
+    found, folder = checkpoints.latest(workdir), checkpoints.folder(workdir)
+    require(folder.is_dir() or not folder.exists(), "--workdir", folder, "a folder of that name, or none")
+    finished = (workdir / "summary.json").exists()
+    if found is None:
+        allowed = (
+            "another folder, or that one emptied: it holds the record of a finished run, but none of its checkpoints"
+        )
+        require(not finished, "--workdir", workdir, allowed)
+        return None
+    steps = experiment.train.steps
+    require(
+        finished or found[0] <= steps,
+        "config.train.steps",
+        steps,
+        f"{found[0]} or more, the step that {workdir} has reached",
+    )
+    return found[0]
 
 
 def _make(workdir: pathlib.Path) -> None:

@@ -20,8 +20,26 @@ from matplotlib.figure import Figure
 
 from prenorm_jax.models.config import NORMS, ConfigError
 from prenorm_jax.training import charts, metrics
-from prenorm_jax.training.experiment import COORDINATES, Experiment, read_experiment
+from prenorm_jax.training.experiment import COORDINATES, Experiment, as_tree, differences, read_experiment
 
+# Fields in which runs that are compared may differ.
+BESIDE: dict[str, tuple[str, ...]] = {
+    "data": ("seed", "threads", "workers"),
+    "optimizer": (),
+    "train": (
+        *(
+            "seed",
+            "coordinates",
+            "accumulate",
+            "log_every",
+            "eval_every",
+            "eval_batch_size",
+            "checkpoint_every",
+            "keep",
+        ),
+        *("keep_best", "best_by", "restart_optimizer", "skip_nonfinite", "profile", "wandb", "wandb_project"),
+    ),
+}
 COLOURS = {"pre_ln": "#4c4c4c", "pre_rmsnorm": "#1f77b4", "reflect": "#2ca02c", "drop": "#98df8a"}
 
 
@@ -210,14 +228,20 @@ def _require_comparable(workdir: pathlib.Path, experiment: Experiment, first: Ex
         raise ConfigError(
             f"{workdir}: another model than the first run's ({error}); allowed: variants of one"
         ) from None
-    for name, one, other in (
-        ("data.name", first.data.name, experiment.data.name),
-        ("train.steps", first.train.steps, experiment.train.steps),
-        ("train.batch_size", first.train.batch_size, experiment.train.batch_size),
-        ("train.eval_examples", first.train.eval_examples, experiment.train.eval_examples),
-    ):
-        if one != other:
-            raise ConfigError(f"{workdir}: config.{name} is {other}; allowed: {one}, as in the first run")
+    one, other = _what_is_learnt(first), _what_is_learnt(experiment)
+    for difference in differences(one, other):
+        raise ConfigError(
+            f"{workdir}: {difference}; allowed: what the first run has, since no other can be compared with it"
+        )
+
+
+def _what_is_learnt(experiment: Experiment) -> dict[str, Any]:
+    """Of an experiment, what two runs have to share: the rest is their model's form, their seeds, and what they do beside learning."""
+    tree = as_tree(experiment)
+    return {
+        section: {name: value for name, value in tree[section].items() if name not in beside}
+        for section, beside in BESIDE.items()
+    }
 
 
 def _difference(run: dict[str, Any], other: dict[str, Any]) -> float:
@@ -256,10 +280,14 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"prenorm_jax.training.overlay: {error}", file=sys.stderr)
         return 2
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.with_name(f"{given.out.name}.json").write_text(json.dumps(result) + "\n")
-    given.out.with_name(f"{given.out.name}.md").write_text(table(result))
-    draw(result, given.out.with_name(f"{given.out.name}.png"))
+    try:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.with_name(f"{given.out.name}.json").write_text(json.dumps(result) + "\n")
+        given.out.with_name(f"{given.out.name}.md").write_text(table(result))
+        draw(result, given.out.with_name(f"{given.out.name}.png"))
+    except OSError as error:
+        print(f"prenorm_jax.training.overlay: cannot write {given.out}: {error.strerror}", file=sys.stderr)
+        return 2
     print(table(result))
     return int(any(run["within"] is False for run in result["runs"]))
 

@@ -1,4 +1,4 @@
-"""Files of results that a command fills in several calls: {name: [row, ...]} in JSON."""
+"""Files of results: each is there whole or as it was; some a command fills in several calls, {name: [row, ...]} in JSON."""
 
 import json
 import os
@@ -23,6 +23,21 @@ def save_beside(path: pathlib.Path, name: str, new: Sequence[Row], key: Callable
     held = json.loads(path.read_text())[name] if path.exists() else []
     kept = [row for row in held if key(row) not in keys]
     path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, json.dumps({name: [*kept, *new]}, indent=1) + "\n")
+
+
+def replace(path: pathlib.Path, content: str | bytes) -> None:
+    """Writes a file whole, in place of what is there: a full disk or a kill leaves the old one.
+
+    >>> import tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "a.txt")
+    >>> replace(path, "whole")
+    >>> path.read_text()
+    'whole'
+    """
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps({name: [*kept, *new]}, indent=1) + "\n")
-    os.replace(part, path)
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

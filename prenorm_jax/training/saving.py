@@ -25,10 +25,12 @@ Result = TypeVar("Result")
 
 
 class Restored(NamedTuple):
-    """Where a run goes on. skipped: how many of its steps changed nothing. notes: a line for each thing that its user should know."""
+    """Where a run goes on. skipped: how many of its steps changed nothing. evaluated: whether that was, at its step. notes: a line for
+    each thing that its user should know."""
 
     state: State
     skipped: int
+    evaluated: bool
     notes: tuple[str, ...]
 
 
@@ -119,10 +121,10 @@ class Checkpoints:
             aside = [self._set_aside(bad, why, step) for bad, why in damaged.items()]
             for kept in self._manager.all_steps():
                 self._kept.judged(kept, items.held_out(self._manager, kept))
-            return Restored(state, position["skipped"], (*aside, *told))
+            return Restored(state, position["skipped"], bool(position.get("held_out")), (*aside, *told))
         if damaged:
             raise ConfigError(none_readable(self._workdir, damaged))
-        return Restored(initial, 0, ())
+        return Restored(initial, 0, True, ())
 
     def _read(self, step: int, initial: State) -> tuple[Experiment, dict[str, Any], dict[str, Any]]:
         """Whose it is, its arrays, and its position. The optimizer's state is left out where it has no use."""

@@ -1,5 +1,6 @@
 """What came of a run, from what it wrote: summary.json, summary.md and curves.png in its workdir."""
 
+import io
 import json
 import pathlib
 from typing import Any
@@ -9,22 +10,19 @@ from matplotlib.figure import Figure
 
 from prenorm_jax.training import keeping, metrics
 from prenorm_jax.training.experiment import Experiment
+from prenorm_jax.training.results import replace
 
 PACES = ("step_seconds", "tokens_per_second", "images_per_second", "mfu")
 
 
 def write(workdir: pathlib.Path, experiment: Experiment) -> dict[str, Any]:
-    """Writes the three files, and returns what summary.json holds."""
+    """Writes the three files, summary.json last, and returns what that holds: where it is, all are."""
     rows = metrics.read(workdir)
     found = of(rows, experiment)
-    (workdir / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
-    (workdir / "summary.md").write_text(table(found))
-    model = experiment.model
-    draw(
-        rows,
-        workdir / "curves.png",
-        f"{experiment.data.name}, {model.norm}, {experiment.train.coordinates} coordinates",
-    )
+    coordinates = f"{experiment.train.coordinates} coordinates"
+    replace(workdir / "curves.png", draw(rows, f"{experiment.data.name}, {experiment.model.norm}, {coordinates}"))
+    replace(workdir / "summary.md", table(found))
+    replace(workdir / "summary.json", json.dumps(found, indent=2) + "\n")
     return found
 
 
@@ -71,7 +69,7 @@ def table(found: dict[str, Any]) -> str:
 PANELS = {"loss": "loss (nats)", "accuracy": "accuracy", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
 
 
-def draw(rows: list[metrics.Row], path: pathlib.Path, title: str) -> None:
+def draw(rows: list[metrics.Row], title: str) -> bytes:
     """Loss, accuracy where there is one, learning rate and gradient norm of a run over its steps, as a PNG."""
     kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "eval")}
     names = [name for name in PANELS if any(name in row for row in rows)]
@@ -90,7 +88,9 @@ def draw(rows: list[metrics.Row], path: pathlib.Path, title: str) -> None:
         panel.grid(alpha=0.3)
         panel.legend()
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    return picture.getvalue()
 
 
 def _values(row: metrics.Row) -> dict[str, Any]:

@@ -25,11 +25,11 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start(arguments: list[str], devices: int) -> subprocess.Popen[str]:
+def start(arguments: list[str], devices: int, program: pathlib.Path = PROGRAM) -> subprocess.Popen[str]:
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     return subprocess.Popen(
-        [sys.executable, str(PROGRAM), *arguments],
+        [sys.executable, str(program), *arguments],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -54,6 +54,21 @@ def test_two_processes_give_the_losses_of_one(run, mesh):
     first, second = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
     assert first == second
     np.testing.assert_allclose(first, losses(*RUNS[run])[0], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_processes_that_were_given_something_else_are_refused_in_all_of_them(tmp_path):
+    """Not one workdir, here; each would wait for the other's checkpoint."""
+    coordinator = f"127.0.0.1:{free_port()}"
+    flags = [f"--config={ROOT / 'configs/digits.py'}", "--config.compare.enabled=False", f"--coordinator={coordinator}"]
+    flags += ["--processes=2", "--config.mesh.data=2"]
+    commands = [[*flags, f"--process={index}", f"--workdir={tmp_path / str(index)}"] for index in range(2)]
+    both = [start(arguments, 1, ROOT / "train.py") for arguments in commands]
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert f"train.py: --workdir: {tmp_path / '0'} -> {tmp_path / '1'} (process 0 -> 1); allowed: one" in errors
+    assert list(tmp_path.iterdir()) == []
 
 
 def read(arguments: list[str], environment: dict[str, str]) -> distributed.Start:

@@ -1,11 +1,13 @@
 """The loop in one process: what it writes, what it says, what it refuses. Kills and resumes are in test_resume.py."""
 
 import dataclasses
+import errno
 import io
 import json
 import pathlib
 import re
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -17,6 +19,8 @@ from PIL import Image
 from prenorm_jax import models
 from prenorm_jax.models.config import ConfigError
 from prenorm_jax.training import checkpoints, data, loop, metrics
+from prenorm_jax.training.disk import DiskFull
+from prenorm_jax.training.interrupts import Interrupted
 from prenorm_jax.training.tasks import task_of
 
 
@@ -117,6 +121,109 @@ def test_a_finished_run_that_is_started_with_other_settings_keeps_its_record(run
     other = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=8, seed=7))
     assert "changed since that checkpoint: " in train(other, tmp_path / "run")[1]
     assert [(tmp_path / "run" / name).read_bytes() for name in files] == before
+
+
+def test_fewer_steps_than_an_unfinished_run_has_made_are_refused(run, tmp_path):
+    experiment, workdir, *_ = run
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run/summary.json").unlink()
+    fewer = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=8))
+    with pytest.raises(ConfigError, match=r"config\.train\.steps: got 8; allowed: 12 or more, the step that .*run has"):
+        train(fewer, tmp_path / "run")
+
+
+def test_the_record_of_a_finished_run_outlives_its_checkpoints(run, tmp_path):
+    experiment, workdir, *_ = run
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    rows = metrics.read(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"--workdir: got .*run'\); allowed: .* record of a finished run, but none"):
+        train(experiment, tmp_path / "run")
+    assert metrics.read(tmp_path / "run") == rows
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/checkpoints").write_text("a file")
+    with pytest.raises(ConfigError, match=r"--workdir: got .*checkpoints'\); allowed: a folder of that name, or none"):
+        train(experiment, tmp_path / "other")
+
+
+@pytest.mark.parametrize("step", [4, 12])
+def test_an_evaluation_that_fails_costs_no_step_and_is_made_when_the_run_goes_on(run, tmp_path, monkeypatch, step):
+    experiment, workdir, params, _ = run
+    evaluate = loop.evaluate
+
+    def failing(*arguments):
+        if len([row for row in metrics.read(tmp_path) if row["kind"] == "train"]) == step:
+            raise data.DataError("cannot read a picture")
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", failing)
+    with pytest.raises(data.DataError, match="cannot read a picture"):
+        train(experiment, tmp_path)
+    assert checkpoints.latest(tmp_path)[0] == step
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    again, _ = train(experiment, tmp_path)
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(one, other)
+    evals = [[row for row in metrics.read(of) if row["kind"] == "eval"] for of in (tmp_path, workdir)]
+    assert evals[0] == evals[1]
+    assert (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize("step", [4, 12])
+def test_a_signal_in_an_evaluation_leaves_it_and_it_is_made_when_the_run_goes_on(run, tmp_path, monkeypatch, step):
+    experiment, workdir, *_ = run
+    evaluate = loop.evaluate
+
+    def interrupted(*arguments):
+        if len([row for row in metrics.read(tmp_path) if row["kind"] == "train"]) == step:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    with pytest.raises(Interrupted, match=f"step {step} is saved") as stopped:
+        train(experiment, tmp_path)
+    assert stopped.value.status == 128 + signal.SIGTERM
+    assert not (tmp_path / "summary.json").exists()
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    train(experiment, tmp_path)
+    evals = [[row for row in metrics.read(of) if row["kind"] == "eval"] for of in (tmp_path, workdir)]
+    assert evals[0] == evals[1]
+
+
+def test_a_signal_behind_the_last_evaluation_stops_what_would_follow_the_run(run, tmp_path, monkeypatch):
+    experiment, *_ = run
+    write = loop.summary.write
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return write(*arguments)
+
+    monkeypatch.setattr(loop.summary, "write", interrupted)
+    with pytest.raises(Interrupted, match="step 12 is saved"):
+        train(experiment, tmp_path)
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_a_summary_that_could_not_be_written_is_written_by_the_next_start(run, tmp_path, monkeypatch):
+    experiment, workdir, *_ = run
+    replace = loop.summary.replace
+
+    def full(path, content):
+        if path.name == "summary.md":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(path, content)
+
+    monkeypatch.setattr(loop.summary, "replace", full)
+    with pytest.raises(DiskFull, match="no space left"):
+        train(experiment, tmp_path)
+    monkeypatch.setattr(loop.summary, "replace", replace)
+    assert "holds a finished run" in train(experiment, tmp_path)[1]
+    for name in ("summary.json", "summary.md", "curves.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert (
+        json.loads((tmp_path / "summary.json").read_text())["last"]
+        == json.loads((workdir / "summary.json").read_text())["last"]
+    )
 
 
 def test_rows_beyond_the_restored_step_are_dropped(run, tmp_path):

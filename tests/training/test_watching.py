@@ -261,6 +261,29 @@ def test_a_variant_that_learns_something_else_is_outside(runs, tmp_path):
     assert (alone["spread"], alone["runs"][1]["within"]) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("section", "fields", "message"),
+    [
+        ("optimizer", {"learning_rate": 0.5}, r"config\.optimizer\.learning_rate: .* -> 0\.5"),
+        ("data", {"root": "elsewhere"}, r"config\.data\.root: .* -> elsewhere"),
+        ("train", {"batch_size": 8}, r"config\.train\.batch_size: 4 -> 8"),
+    ],
+)
+def test_runs_that_learn_something_else_are_not_compared(runs, tmp_path, section, fields, message):
+    shutil.copytree(runs.root / "rms", tmp_path / "rms")
+    tree = json.loads((tmp_path / "rms/config.json").read_text())
+    tree[section] |= fields
+    (tmp_path / "rms/config.json").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=message):
+        overlay.read([runs.root / "pre_ln", tmp_path / "rms"])
+
+
+def test_an_overlay_that_can_not_be_written_is_one_line(runs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert overlay.main([f"--out={tmp_path / 'file/x'}", str(runs.root / "pre_ln")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_runs_that_can_not_be_compared_are_refused(runs, tmp_path, capsys):
     other = changed(runs.base, model={"width": 32}, train={"eval_every": 0})
     train(other, tmp_path / "wider")
