@@ -14,7 +14,7 @@ import tokenizers
 from PIL import Image
 
 from prenorm_jax.models.config import GPTConfig, ViTConfig
-from prenorm_jax.training import data, prepare
+from prenorm_jax.training import data, prepare, text
 from prenorm_jax.training.data import DataError
 from prenorm_jax.training.experiment import Data, Experiment
 
@@ -171,6 +171,27 @@ def test_a_saved_column_is_prepared_a_document_a_row(tokenizer, tmp_path):
     held_out = np.fromfile(tmp_path / "out" / "val.bin", np.uint16)
     documents = read.decode(held_out.tolist(), skip_special_tokens=False).split("<|endoftext|>")
     assert documents == [*LINES[9::10], ""]
+
+
+def test_a_tokenizer_s_truncation_and_padding_are_not_for_texts(tokenizer, tmp_path):
+    """A checkpoint's tokenizer.json often has them switched on, for batches of sentences: here they would lose and add tokens."""
+    (tmp_path / "a.txt").write_text("\n".join(LINES))
+    for number, line in enumerate(LINES[:3]):
+        (tmp_path / f"{number}.txt").write_text(line)
+    flags = ["--tokenizer", str(tokenizer), "--val", *(str(tmp_path / f"{number}.txt") for number in range(3))]
+    ids = {}
+    for kind in ("plain", "truncating", "padding"):
+        made = tokenizers.Tokenizer.from_file(str(tokenizer))
+        made.no_truncation()
+        if kind == "truncating":
+            made.enable_truncation(3)
+        elif kind == "padding":
+            made.enable_padding(pad_id=0, pad_token="<|endoftext|>", length=500)
+        made.save(str(tokenizer))
+        assert prepare.main([str(tmp_path / "a.txt"), *flags, "--out", str(tmp_path / kind)]) == 0
+        prepared = [np.fromfile(tmp_path / kind / f"{side}.bin", np.uint16) for side in ("train", "val")]
+        ids[kind] = [*map(list, prepared), text.tokens(tmp_path / "a.txt", str(tmp_path)).tolist()]
+    assert ids["truncating"] == ids["padding"] == ids["plain"]
 
 
 def test_faults_of_prepare_are_one_line(tokenizer, tmp_path, capsys):
