@@ -41,14 +41,25 @@ def test_files_as_nanogpt_writes_them_are_windows(tmp_path, dtype):
     np.testing.assert_array_equal(splits.held_out.batch(np.array([0]), None)["inputs"][0], ids[::-1][:6])
 
 
-def test_ids_of_32_bits_read_as_16_are_seen(tmp_path):
-    """They come out even, and all are in the vocabulary: twice as many, every second one 0."""
-    ids = np.random.default_rng(0).integers(256, size=100)
+@pytest.mark.parametrize("vocab_size", [256, 128_256, 250_002])
+def test_ids_of_32_bits_read_as_16_are_seen(tmp_path, vocab_size):
+    """All their halves are in the vocabulary: twice as many, every second one small."""
+    ids = np.random.default_rng(0).integers(vocab_size, size=100)
     root = write_bins(tmp_path / "wide", ids, ids, np.uint32)
-    with pytest.raises(DataError, match=r"every second uint16 id is 0.*--config\.data\.token_dtype=uint32"):
-        load(root, 256)
-    load(root, 256, token_dtype="uint32")
-    load(write_bins(tmp_path / "zeros", 0 * ids, 0 * ids), 256)
+    most = (vocab_size - 1) // 2**16
+    with pytest.raises(
+        DataError, match=rf"every second uint16 id is at most {most}, .*--config\.data\.token_dtype=uint32"
+    ):
+        load(root, vocab_size)
+    load(root, vocab_size, token_dtype="uint32")
+
+
+@pytest.mark.parametrize("top", [1, 2, 256, 2**16])
+@pytest.mark.parametrize("vocab_size", [2**16, 128_256, 2**25])
+def test_ids_of_16_bits_are_read_as_such_in_any_vocabulary(tmp_path, top, vocab_size):
+    ids = np.random.default_rng(0).integers(top, size=100)
+    train = load(write_bins(tmp_path / "narrow", ids, ids), vocab_size).train
+    np.testing.assert_array_equal(train.batch(np.array([3]), None)["inputs"][0], ids[18:24])
 
 
 def test_windows_of_a_file_are_those_of_an_array(tmp_path):
@@ -86,6 +97,13 @@ def test_a_truncated_file_is_named(tmp_path):
     os.truncate(root / "train.bin", 10)
     with pytest.raises(DataError, match=r"bins/train.bin: 5 tokens; expected at least a window of 6 \+ 1"):
         load(root)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_a_folder_of_a_file_s_name_is_named(tmp_path, dtype):
+    (tmp_path / "train.bin").mkdir()
+    with pytest.raises(DataError, match=r"^cannot read .*train\.bin: Is a directory$"):
+        token_files.open_tokens(tmp_path / "train.bin", dtype, 256)
 
 
 def test_a_file_of_another_length_than_was_prepared_is_named(tmp_path):
