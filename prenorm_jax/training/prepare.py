@@ -10,6 +10,7 @@ text in pieces spread over all of it.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import pathlib
 import shutil
@@ -107,7 +108,7 @@ def _write(file: pathlib.Path, pieces: Iterable[Piece], vocabulary: Vocabulary, 
     """Appends the ids of all pieces to a new file; returns how many."""
     count, waiting = 0, iter(pieces)
     with file.open("wb") as stream:
-        while some := [piece for piece, _ in zip(waiting, range(AT_ONCE), strict=False)]:
+        while some := list(itertools.islice(waiting, AT_ONCE)):
             for piece, ids in zip(some, vocabulary.encode([piece.text for piece in some]), strict=True):
                 ids = ids + vocabulary.end if piece.last else ids
                 stream.write(np.asarray(ids, dtype).tobytes())

@@ -220,6 +220,16 @@ def test_lines_keep_their_ends(tmp_path):
     assert bytes(np.fromfile(tmp_path / "out" / "train.bin", np.uint16).astype(np.uint8)) == b"one\r\ntwo\rthree\n" * 50
 
 
+@pytest.mark.parametrize("files", [63, 64, 65, 200])
+def test_every_piece_is_written_however_many_there_are(tmp_path, files):
+    for number in range(files):
+        (tmp_path / f"{number:03}.txt").write_text(f"{number} ")
+    about = prepare.prepare([tmp_path], tmp_path / "out", prepare.vocabulary(None, ""), [tmp_path / "000.txt"])
+    written = bytes(np.fromfile(tmp_path / "out" / "train.bin", np.uint16).astype(np.uint8))
+    assert written.decode().split() == [str(number) for number in range(files)]
+    assert about["train"]["tokens"] == len(written)
+
+
 def test_an_interrupt_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
