@@ -220,6 +220,71 @@ def test_lines_keep_their_ends(tmp_path):
     assert bytes(np.fromfile(tmp_path / "out" / "train.bin", np.uint16).astype(np.uint8)) == b"one\r\ntwo\rthree\n" * 50
 
 
+def prepared(folder, side):
+    return bytes(np.fromfile(folder / f"{side}.bin", np.uint16).astype(np.uint8))
+
+
+@pytest.mark.parametrize("lines", [300, 3000])
+@pytest.mark.parametrize("share", [0.005, 0.1])
+@pytest.mark.parametrize("text", ["letters", "\u4e66\u4e66", "one line"])
+def test_what_is_held_out_is_about_the_share_asked_for(tmp_path, lines, share, text):
+    rng = np.random.default_rng(0)
+    words = [" ".join([text] * n) for n in rng.integers(1, 60, lines)]
+    whole = (" " if text == "one line" else "\n").join(words).encode()
+    (tmp_path / "book.txt").write_bytes(whole)
+    assert prepare.main([str(tmp_path / "book.txt"), "--val-share", str(share), "--out", str(tmp_path / "out")]) == 0
+    train, val = (prepared(tmp_path / "out", side) for side in ("train", "val"))
+    assert len(train) + len(val) == len(whole)
+    assert 0.7 * share < len(val) / len(whole) < 1.3 * share
+    if share == 0.005:
+        assert val in whole, "one run of the text"
+
+
+@pytest.mark.parametrize("pieces", [11, 15, 19, 25, 39])
+def test_the_share_is_kept_by_a_text_of_any_number_of_pieces(tmp_path, monkeypatch, pieces):
+    monkeypatch.setattr(prepare, "PIECE_BYTES", 1000)
+    (tmp_path / "a.txt").write_text("nineteen letters in\n" * 50 * pieces)
+    about = prepare.prepare([tmp_path / "a.txt"], tmp_path / "out", prepare.vocabulary(None, ""), None, 0.1)
+    assert 0.09 < about["val"]["tokens"] / (1000 * pieces) < 0.11
+
+
+def test_a_line_of_any_length_is_read_in_pieces(tmp_path, monkeypatch):
+    """Cut before a space, which tokenizers keep with the word that follows, or else between two characters."""
+    monkeypatch.setattr(prepare, "PIECE_BYTES", 100)
+    whole = "".join(["a word " * 100, "\u4e66" * 500, "\n", "z" * 1000])
+    (tmp_path / "a.txt").write_text(whole)
+    texts = []
+
+    def encode(some):
+        texts.extend(some)
+        return [list(text.encode()) for text in some]
+
+    words = prepare.Vocabulary(encode, 256, [0], "kept")
+    prepare.prepare([tmp_path / "a.txt"], tmp_path / "out", words, [tmp_path / "a.txt"])
+    assert prepared(tmp_path / "out", "train") == prepared(tmp_path / "out", "val") == whole.encode() + b"\0"
+    texts = texts[: len(texts) // 2]
+    assert "".join(texts) == whole
+    assert max(len(text.encode()) for text in texts) < 200
+    assert all(text[0] == " " and text[-1] != " " for text in texts[1:7])
+
+
+def test_texts_of_a_folder_are_found_as_pictures_are(tmp_path):
+    for name in ("a.txt", "B.TXT", "c/d.Txt", "._a.txt", ".git/e.txt", "f.md"):
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_bytes(b"\xff" if name in ("._a.txt", ".git/e.txt") else name.encode())
+    out = tmp_path / "out"
+    prepare.prepare([tmp_path / "texts"], out, prepare.vocabulary(None, "\0"), [tmp_path / "texts" / "a.txt"])
+    assert sorted(prepared(out, "train").split(b"\0")) == [b"", b"B.TXT", b"a.txt", b"c/d.Txt"]
+
+
+@pytest.mark.parametrize("share", ["1e-320", "0", "nan", "0.6"])
+def test_a_share_that_can_t_be_is_refused(capsys, share):
+    with pytest.raises(SystemExit) as ended:
+        prepare.main(["a.txt", "--out", "out", "--val-share", share])
+    assert ended.value.code == 2
+    assert f"--val-share: got {float(share)}; allowed: 1e-06 to 0.5" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("files", [63, 64, 65, 200])
 def test_every_piece_is_written_however_many_there_are(tmp_path, files):
     for number in range(files):
@@ -247,7 +312,12 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, caps
         (["a.txt", "--end", "\udcff"], "--end: got '\\udcff'; expected text"),
         (["nowhere"], "nowhere: expected a text file, a folder of .txt files"),
         (["broken.txt"], "cannot read broken.txt: 'utf-8' codec can't decode"),
-        (["a.txt", "--val", "empty.txt"], "a.txt: no val text in it; give --val, or more text"),
+        (["a.txt", "--val", "empty.txt"], "prepare: empty.txt: no text in it\n"),
+        (["empty.txt"], "prepare: empty.txt: no text in it\n"),
+        (
+            ["short.txt"],
+            "prepare: short.txt: too short to hold out one piece in 200; give --val, or a larger --val-share\n",
+        ),
         (["a.txt", "--out", "there"], "--out: there exists; expected a new folder"),
         (["a.txt", "--tokenizer", "nowhere.json"], "nowhere.json"),
     ],
@@ -257,6 +327,7 @@ def test_a_fault_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, f
     text_of(tmp_path, "a.txt")
     (tmp_path / "broken.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("a line\n")
     (tmp_path / "there").mkdir()
     before = {path.name for path in tmp_path.iterdir()}
     assert prepare.main([*flags, *([] if "--out" in flags else ["--out", "out"])]) == 2
