@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from prenorm_jax.training.data import DataError
-from prenorm_jax.training.hugging_face import read_splits, require_column
+from prenorm_jax.training.hugging_face import read_splits, read_texts
 from prenorm_jax.training.text import read_tokenizer
 from prenorm_jax.training.token_files import ABOUT
 
@@ -153,9 +153,8 @@ def _rows(source: pathlib.Path, text_column: str) -> Iterator[Piece]:
     if len(splits) > 1:
         raise DataError(f"{source}: has {', '.join(splits)}; expected one split (give {source}/train, and --val)")
     (table,) = splits.values()
-    require_column(table, text_column, str(source), "--text-column")
-    for row in table.select_columns([text_column]):
-        yield Piece(row[text_column], last=True)
+    for text in read_texts(table, text_column, str(source), "--text-column"):
+        yield Piece(text, last=True)
 
 
 def _parts(path: pathlib.Path, limit: int) -> Iterator[Piece]:
