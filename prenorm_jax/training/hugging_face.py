@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from PIL import Image
@@ -21,6 +22,7 @@ class Rows:
 
     table: Any
     root: str
+    split: str
     image_key: str
     label_key: str
 
@@ -29,25 +31,27 @@ class Rows:
 
     def where(self, index: int) -> str:
         """The split and the row."""
-        return f"{self.root}, {self.table.split}, row {index}"
+        return f"{self.root}, {self.split}, row {index}"
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """The picture and its class."""
+        """The picture and its class. Raises: one of UNREADABLE."""
         row = self.table[index]
-        said = row[self.image_key]
-        picture = Image.open(said["path"]) if said["bytes"] is None else opened(said["bytes"])
-        return picture, int(row[self.label_key])
+        said, label = row[self.image_key] or {}, row[self.label_key]
+        encoded, path = said.get("bytes"), said.get("path")
+        for key, missing in ((self.label_key, label is None), (self.image_key, encoded is None and path is None)):
+            if missing:
+                raise ValueError(f"nothing in the column {key}")
+        return Image.open(str(path)) if encoded is None else opened(encoded), label
 
 
 def load(data: Data, model: ViTConfig | GPTConfig) -> Splits:
     """data.root: a saved data set with a training and a validation (or test) split, or one split, to evaluate. Raises: DataError."""
     splits = read_splits(data.root)
-    held_out = next((splits[name] for name in HELD_OUT if name in splits), None)
+    held_out = next((name for name in HELD_OUT if name in splits), None)
     if held_out is None or ("train" not in splits and len(splits) > 1):
         raise DataError(f"{data.root}: has {', '.join(splits)}; expected train and one of {', '.join(HELD_OUT)}")
-    sources = [_rows(splits[name], data) if name in splits else None for name in ("train",)] + [_rows(held_out, data)]
-    train, judged = (Missing(data.root) if rows is None else pictures(rows, data, model) for rows in sources)
-    return Splits(train, judged)
+    train = pictures(_rows(splits, "train", data), data, model) if "train" in splits else Missing(data.root)
+    return Splits(train, pictures(_rows(splits, held_out, data), data, model))
 
 
 def read_splits(root: str) -> dict[str, Any]:
@@ -62,22 +66,34 @@ def read_splits(root: str) -> dict[str, Any]:
     return dict(found) if isinstance(found, library.DatasetDict) else {"test": found}
 
 
-def require_column(table: Any, key: str, root: str, field: str) -> None:
-    """Raises DataError unless the split has the column that the field names."""
+def read_texts(table: Any, key: str, root: str, field: str) -> Iterator[str]:
+    """The texts of a split's column, which `field` names. Raises: DataError where there is no such column, or a row without a text."""
+    _require_column(table, key, root, field, "texts", ("string", "large_string"))
+    for index, row in enumerate(table.select_columns([key]).with_format(None)):
+        if row[key] is None:
+            raise DataError(f"{root}, row {index}: nothing in the column {key}; expected a text")
+        yield row[key]
+
+
+def _rows(splits: dict[str, Any], split: str, data: Data) -> Rows:
+    table, image, label = splits[split], data.image_key, data.label_key
+    for key, field, expected, dtypes in (
+        (image, "config.data.image_key", "pictures (datasets.Image)", ("PIL",)),
+        (label, "config.data.label_key", "whole numbers or classes (datasets.ClassLabel)", ("int", "uint")),
+    ):
+        _require_column(table, key, data.root, field, expected, dtypes)
+    plain = table.select_columns([image, label]).cast_column(image, _library(data.root).Image(decode=False))
+    return Rows(plain.with_format(None), data.root, split, image, label)
+
+
+def _require_column(table: Any, key: str, root: str, field: str, expected: str, dtypes: tuple[str, ...]) -> None:
+    """Raises DataError unless the split has the column that the field names, of a dtype that begins so."""
     if key not in table.column_names:
         raise DataError(f"{field}: got {key!r}; {root} has the columns {', '.join(table.column_names)}")
-
-
-def _rows(table: Any, data: Data) -> Rows:
-    image = _library(data.root).Image
-    for field, key in (("image_key", data.image_key), ("label_key", data.label_key)):
-        require_column(table, key, data.root, f"config.data.{field}")
-    if not isinstance(table.features[data.image_key], image):
-        raise DataError(
-            f"{data.root}: the column {data.image_key} is {table.features[data.image_key]}; expected pictures (datasets.Image)"
-        )
-    plain = table.select_columns([data.image_key, data.label_key]).cast_column(data.image_key, image(decode=False))
-    return Rows(plain.with_format(None), data.root, data.image_key, data.label_key)
+    library, feature = _library(root), table.features[key]
+    one = isinstance(feature, library.Image | library.Value | library.ClassLabel)
+    if not (one and feature.dtype.startswith(dtypes)):
+        raise DataError(f"{root}: the column {key} is {feature}; expected {expected}, or another {field}")
 
 
 def _library(root: str) -> Any:

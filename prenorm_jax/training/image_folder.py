@@ -70,8 +70,11 @@ def list_pictures(base: pathlib.Path, numbers: Mapping[str, int]) -> Folders:
         if folder not in numbers:
             raise DataError(f"{base / folder}: no such class among the training pictures; expected the same folders")
         # A scan of names, with no look at each file: ImageNet's 1.28 million take seconds.
-        entries = [entry for entry in os.scandir(base / folder) if not entry.name.startswith(".")]
-        within = next((entry.name for entry in entries if entry.is_dir()), None)
+        try:
+            entries = [entry for entry in os.scandir(base / folder) if not entry.name.startswith(".")]
+            within = next((entry.name for entry in entries if entry.is_dir()), None)
+        except OSError as error:
+            raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
         if within is not None:
             raise DataError(
                 f"{base / folder / within}: a folder within a class; expected its pictures in {base / folder}"

@@ -3,32 +3,36 @@
 Writes train.bin and val.bin, nothing but token ids in 16 or 32 bits, and tokens.json, which says of which vocabulary and how many: what
 config.data.name=text reads with config.data.root=DIR. DIR appears when all of it is written, or not at all.
 
-SOURCE is a text file, a folder of .txt files, or a data set that the library datasets saved, whose column --text-column is read.
-Without --tokenizer the tokens are the bytes of the text. What is held out is the sources given by --val, or else a fixed share of the
-text in pieces spread over all of it.
+SOURCE is a text file, a folder of .txt files (hidden ones don't count), or a data set that the library datasets saved, whose column
+--text-column is read. Without --tokenizer the tokens are the bytes of the text. What is held out is the sources given by --val, or else a
+fixed share of the text in pieces spread over all of it.
 """
 
 import argparse
+import codecs
 import dataclasses
+import itertools
 import json
+import math
 import pathlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from prenorm_jax.training.data import DataError
-from prenorm_jax.training.hugging_face import read_splits, require_column
+from prenorm_jax.training.hugging_face import read_splits, read_texts
 from prenorm_jax.training.text import read_tokenizer
 from prenorm_jax.training.token_files import ABOUT
 
-PIECE_BYTES = 2**20  # of a text file, at most, are read and tokenized at once
+PIECE_BYTES = 2**16  # of a text file are a piece, about; a tokenizer takes a hundred times as much memory
 AT_ONCE = 64  # pieces that a tokenizer gets, to spread over its threads
+LEAST_SHARE = 1e-6
 
-Encode = Callable[[list[str]], list[list[int]]]
+Encode = Callable[[list[str]], Sequence[Sequence[int] | np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Whole lines of a document; `last` where the document ends."""
+    """A part of a document; `last` where the document ends."""
 
     text: str
     last: bool
@@ -69,7 +73,7 @@ def prepare(
     dtype = "uint16" if vocabulary.size <= 2**16 else "uint32"
     every = round(1 / held_out_share)
     if held_out:
-        sides = {side: _pieces(paths, 0, text_column) for side, paths in (("train", sources), ("val", held_out))}
+        sides = {side: _pieces(paths, 1, text_column) for side, paths in (("train", sources), ("val", held_out))}
     else:
         sides = {
             "train": (p for i, p in enumerate(_pieces(sources, every, text_column)) if i % every != every - 1),
@@ -92,7 +96,12 @@ def prepare(
         for side, pieces in sides.items():
             about[side] = {"tokens": _write(half / f"{side}.bin", pieces, vocabulary, dtype)}
             if not about[side]["tokens"]:
-                raise DataError(f"{', '.join(map(str, sources))}: no {side} text in it; give --val, or more text")
+                named = ", ".join(map(str, held_out if side == "val" and held_out else sources))
+                if side == "train" or held_out:
+                    raise DataError(f"{named}: no text in it")
+                raise DataError(
+                    f"{named}: too short to hold out one piece in {every}; give --val, or a larger --val-share"
+                )
         (half / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
         half.chmod(0o755)
         half.rename(out)
@@ -107,21 +116,22 @@ def _write(file: pathlib.Path, pieces: Iterable[Piece], vocabulary: Vocabulary, 
     """Appends the ids of all pieces to a new file; returns how many."""
     count, waiting = 0, iter(pieces)
     with file.open("wb") as stream:
-        while some := [piece for piece, _ in zip(waiting, range(AT_ONCE), strict=False)]:
+        while some := list(itertools.islice(waiting, AT_ONCE)):
             for piece, ids in zip(some, vocabulary.encode([piece.text for piece in some]), strict=True):
-                ids = ids + vocabulary.end if piece.last else ids
-                stream.write(np.asarray(ids, dtype).tobytes())
-                count += len(ids)
+                for run in (ids, vocabulary.end) if piece.last else (ids,):
+                    stream.write(np.asarray(run, dtype).tobytes())
+                    count += len(run)
     return count
 
 
-def _pieces(sources: list[pathlib.Path], at_least: int, text_column: str) -> Iterator[Piece]:
-    """The sources' texts in order, a text file in pieces so small that there are `at_least` so many of all."""
+def _pieces(sources: list[pathlib.Path], every: int, text_column: str) -> Iterator[Piece]:
+    """The sources' texts in order; text files in so many that one in `every` is that share of them, a multiple of `every`."""
     files = [path for source in sources for path in ([source] if _is_saved(source) else _text_files(source))]
     size = sum(path.stat().st_size for path in files if path.is_file())
-    limit = min(PIECE_BYTES, max(1, size // max(1, at_least)))
+    rounds = max(1, math.ceil(size / (every * PIECE_BYTES)))
+    limit = max(1, size // (every * rounds))
     for path in files:
-        yield from _rows(path, text_column) if path.is_dir() else _lines(path, limit)
+        yield from _rows(path, text_column) if path.is_dir() else _parts(path, limit)
 
 
 def _is_saved(source: pathlib.Path) -> bool:
@@ -131,7 +141,8 @@ def _is_saved(source: pathlib.Path) -> bool:
 def _text_files(source: pathlib.Path) -> list[pathlib.Path]:
     if source.is_file():
         return [source]
-    found = sorted(path for path in source.rglob("*.txt") if path.is_file()) if source.is_dir() else []
+    texts = (path for path in source.rglob("*") if path.suffix.lower() == ".txt" and path.is_file())
+    found = sorted(path for path in texts if not any(n.startswith(".") for n in path.relative_to(source).parts))
     if not found:
         raise DataError(f"{source}: expected a text file, a folder of .txt files, or a data set that datasets saved")
     return found
@@ -142,22 +153,31 @@ def _rows(source: pathlib.Path, text_column: str) -> Iterator[Piece]:
     if len(splits) > 1:
         raise DataError(f"{source}: has {', '.join(splits)}; expected one split (give {source}/train, and --val)")
     (table,) = splits.values()
-    require_column(table, text_column, str(source), "--text-column")
-    for row in table.select_columns([text_column]):
-        yield Piece(row[text_column], last=True)
+    for text in read_texts(table, text_column, str(source), "--text-column"):
+        yield Piece(text, last=True)
 
 
-def _lines(path: pathlib.Path, limit: int) -> Iterator[Piece]:
+def _parts(path: pathlib.Path, limit: int) -> Iterator[Piece]:
+    """A text file, cut at or before each multiple of `limit` bytes, so that what is before a cut does not move those behind it."""
+    decode = codecs.getincrementaldecoder("utf-8")().decode
     try:
-        # Newlines as they are: the ids of "\r\n" are not those of "\n".
-        with path.open(encoding="utf-8", newline="") as stream:
-            lines = stream.readlines(limit)
-            while lines:
-                following = stream.readlines(limit)
-                yield Piece("".join(lines), last=not following)
-                lines = following
+        with path.open("rb") as stream:
+            rest, read = "", stream.read(limit)
+            while read:
+                following = stream.read(limit)
+                text = rest + decode(read, not following)
+                end = _end_of_part(text) if following else len(text)
+                yield Piece(text[:end], last=not following)
+                rest, read = text[end:], following
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _end_of_part(text: str) -> int:
+    """In the second half of the text: behind its last line; or before its last space, which goes with the word behind it; or all."""
+    half = len(text) // 2
+    line, space = text.rfind("\n", half), text.rfind(" ", half)
+    return line + 1 if line >= 0 else space if space > 0 else len(text)
 
 
 def vocabulary(tokenizer: pathlib.Path | None, end: str) -> Vocabulary:
@@ -165,7 +185,7 @@ def vocabulary(tokenizer: pathlib.Path | None, end: str) -> Vocabulary:
     if any("\ud800" <= sign <= "\udfff" for sign in end):
         raise DataError(f"--end: got {end!r}; expected text")
     if tokenizer is None:
-        return Vocabulary(lambda texts: [list(text.encode()) for text in texts], 256, list(end.encode()), "bytes")
+        return Vocabulary(_bytes, 256, list(end.encode()), "bytes")
     read = read_tokenizer(tokenizer)
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -177,6 +197,10 @@ def vocabulary(tokenizer: pathlib.Path | None, end: str) -> Vocabulary:
     # Ids need not be dense: the largest says how many rows a table needs.
     size = max(read.get_vocab(with_added_tokens=True).values()) + 1
     return Vocabulary(encode, size, [] if marked is None else [marked], str(tokenizer))
+
+
+def _bytes(texts: list[str]) -> list[np.ndarray]:
+    return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
 
 def read_flags(arguments: list[str]) -> argparse.Namespace:
@@ -194,8 +218,8 @@ def read_flags(arguments: list[str]) -> argparse.Namespace:
     flags.add_argument("--end", default="", metavar="TOKEN", help="behind each document, as in <|endoftext|>")
     flags.add_argument("--text-column", default="text", help="of a saved data set; default %(default)s")
     given = flags.parse_args(arguments)
-    if not 0 < given.val_share <= 0.5:
-        flags.error(f"--val-share: got {given.val_share}; allowed: more than 0, 0.5 at most")
+    if not LEAST_SHARE <= given.val_share <= 0.5:
+        flags.error(f"--val-share: got {given.val_share}; allowed: {LEAST_SHARE} to 0.5")
     return given
 
 

@@ -67,12 +67,18 @@ def tokens(path: pathlib.Path, processor: str) -> np.ndarray:
 
 
 def read_tokenizer(file: pathlib.Path) -> Any:
-    """The tokenizer of a tokenizer.json. Raises: DataError where it, or the library, is missing or can't be read."""
+    """The tokenizer of a tokenizer.json, without its truncation and padding, which are for batches of sentences.
+
+    Raises: DataError where it, or the library, is missing or can't be read.
+    """
     try:
-        return importlib.import_module("tokenizers").Tokenizer.from_file(str(file))
+        tokenizer = importlib.import_module("tokenizers").Tokenizer.from_file(str(file))
     except ImportError:
         raise DataError(
             f'{file}: reading it needs the library tokenizers; pip install "prenorm-jax[data]" (or pip install tokenizers)'
         ) from None
     except Exception as error:  # its own are plain ones
         raise DataError(f"cannot read {file}: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -15,6 +15,7 @@ import numpy as np
 from prenorm_jax.training.data import DataError
 
 ABOUT = "tokens.json"
+LOOKED_AT = 2**13  # bytes of a file, to see whether its ids are of the dtype that is said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,9 @@ def open_tokens(path: pathlib.Path, token_dtype: str, vocab_size: int) -> TokenF
     if dtype not in ("uint16", "uint32"):
         raise DataError(f"{path.parent / ABOUT}: dtype {dtype!r}; expected uint16 or uint32")
     try:
-        size = os.path.getsize(path)
+        with path.open("rb") as stream:
+            first = stream.read(LOOKED_AT)
+            size = stream.seek(0, os.SEEK_END)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     count, rest = divmod(size, np.dtype(dtype).itemsize)
@@ -61,18 +64,18 @@ def open_tokens(path: pathlib.Path, token_dtype: str, vocab_size: int) -> TokenF
             raise DataError(
                 f"{path}: of a vocabulary of {about['vocab_size']}; expected at most config.model.vocab_size = {vocab_size}"
             )
-    if not about and dtype == "uint16" and _looks_wider(path, count):
+    most = (vocab_size - 1) >> 16  # of the upper half of an id
+    if not about and dtype == "uint16" and _looks_wider(np.frombuffer(first, np.uint16), most):
         raise DataError(
-            f"{path}: every second uint16 id is 0, as in a file of uint32; expected config.data.token_dtype as the file was written "
-            "(--config.data.token_dtype=uint32)"
+            f"{path}: every second uint16 id is at most {most}, as in a file of uint32; expected config.data.token_dtype as the file was "
+            "written (--config.data.token_dtype=uint32)"
         )
     return TokenFile(path, dtype, count)
 
 
-def _looks_wider(path: pathlib.Path, count: int) -> bool:
-    """Whether the first ids of a uint16 file are the halves of small uint32 ones."""
-    first = np.fromfile(path, np.uint16, min(count, 4096))
-    return first.size >= 32 and not first[1::2].any() and bool(first[0::2].any())
+def _looks_wider(first: np.ndarray, most: int) -> bool:
+    """Whether the first ids of a uint16 file are the halves of uint32 ones: lower and upper, of which the upper are `most` at most."""
+    return first.size >= 32 and first[1::2].max() <= most < first[0::2].max()
 
 
 def _about(path: pathlib.Path) -> dict[str, Any]:

@@ -232,6 +232,13 @@ def test_a_folder_within_a_class_is_named(tmp_path):
         data.load(experiment_on(root))
 
 
+def test_a_link_that_leads_nowhere_but_to_itself_is_named(tmp_path):
+    root = disk.write_tree(tmp_path)
+    (root / "train" / "n01" / "loop.jpg").symlink_to(root / "train" / "n01" / "loop.jpg")
+    with pytest.raises(DataError, match=r"^cannot read .*train/n01/loop\.jpg: Too many levels of symbolic links$"):
+        data.load(experiment_on(root))
+
+
 def test_two_folders_of_one_number_are_named():
     with pytest.raises(DataError, match="another folder is number 1, as 01 is"):
         image_folder.class_numbers(["01", "1", "2"], {}, 3, pathlib.Path("base"))

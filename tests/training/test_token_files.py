@@ -41,14 +41,25 @@ def test_files_as_nanogpt_writes_them_are_windows(tmp_path, dtype):
     np.testing.assert_array_equal(splits.held_out.batch(np.array([0]), None)["inputs"][0], ids[::-1][:6])
 
 
-def test_ids_of_32_bits_read_as_16_are_seen(tmp_path):
-    """They come out even, and all are in the vocabulary: twice as many, every second one 0."""
-    ids = np.random.default_rng(0).integers(256, size=100)
+@pytest.mark.parametrize("vocab_size", [256, 128_256, 250_002])
+def test_ids_of_32_bits_read_as_16_are_seen(tmp_path, vocab_size):
+    """All their halves are in the vocabulary: twice as many, every second one small."""
+    ids = np.random.default_rng(0).integers(vocab_size, size=100)
     root = write_bins(tmp_path / "wide", ids, ids, np.uint32)
-    with pytest.raises(DataError, match=r"every second uint16 id is 0.*--config\.data\.token_dtype=uint32"):
-        load(root, 256)
-    load(root, 256, token_dtype="uint32")
-    load(write_bins(tmp_path / "zeros", 0 * ids, 0 * ids), 256)
+    most = (vocab_size - 1) // 2**16
+    with pytest.raises(
+        DataError, match=rf"every second uint16 id is at most {most}, .*--config\.data\.token_dtype=uint32"
+    ):
+        load(root, vocab_size)
+    load(root, vocab_size, token_dtype="uint32")
+
+
+@pytest.mark.parametrize("top", [1, 2, 256, 2**16])
+@pytest.mark.parametrize("vocab_size", [2**16, 128_256, 2**25])
+def test_ids_of_16_bits_are_read_as_such_in_any_vocabulary(tmp_path, top, vocab_size):
+    ids = np.random.default_rng(0).integers(top, size=100)
+    train = load(write_bins(tmp_path / "narrow", ids, ids), vocab_size).train
+    np.testing.assert_array_equal(train.batch(np.array([3]), None)["inputs"][0], ids[18:24])
 
 
 def test_windows_of_a_file_are_those_of_an_array(tmp_path):
@@ -86,6 +97,13 @@ def test_a_truncated_file_is_named(tmp_path):
     os.truncate(root / "train.bin", 10)
     with pytest.raises(DataError, match=r"bins/train.bin: 5 tokens; expected at least a window of 6 \+ 1"):
         load(root)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_a_folder_of_a_file_s_name_is_named(tmp_path, dtype):
+    (tmp_path / "train.bin").mkdir()
+    with pytest.raises(DataError, match=r"^cannot read .*train\.bin: Is a directory$"):
+        token_files.open_tokens(tmp_path / "train.bin", dtype, 256)
 
 
 def test_a_file_of_another_length_than_was_prepared_is_named(tmp_path):
@@ -202,6 +220,81 @@ def test_lines_keep_their_ends(tmp_path):
     assert bytes(np.fromfile(tmp_path / "out" / "train.bin", np.uint16).astype(np.uint8)) == b"one\r\ntwo\rthree\n" * 50
 
 
+def prepared(folder, side):
+    return bytes(np.fromfile(folder / f"{side}.bin", np.uint16).astype(np.uint8))
+
+
+@pytest.mark.parametrize("lines", [300, 3000])
+@pytest.mark.parametrize("share", [0.005, 0.1])
+@pytest.mark.parametrize("text", ["letters", "\u4e66\u4e66", "one line"])
+def test_what_is_held_out_is_about_the_share_asked_for(tmp_path, lines, share, text):
+    rng = np.random.default_rng(0)
+    words = [" ".join([text] * n) for n in rng.integers(1, 60, lines)]
+    whole = (" " if text == "one line" else "\n").join(words).encode()
+    (tmp_path / "book.txt").write_bytes(whole)
+    assert prepare.main([str(tmp_path / "book.txt"), "--val-share", str(share), "--out", str(tmp_path / "out")]) == 0
+    train, val = (prepared(tmp_path / "out", side) for side in ("train", "val"))
+    assert len(train) + len(val) == len(whole)
+    assert 0.7 * share < len(val) / len(whole) < 1.3 * share
+    if share == 0.005:
+        assert val in whole, "one run of the text"
+
+
+@pytest.mark.parametrize("pieces", [11, 15, 19, 25, 39])
+def test_the_share_is_kept_by_a_text_of_any_number_of_pieces(tmp_path, monkeypatch, pieces):
+    monkeypatch.setattr(prepare, "PIECE_BYTES", 1000)
+    (tmp_path / "a.txt").write_text("nineteen letters in\n" * 50 * pieces)
+    about = prepare.prepare([tmp_path / "a.txt"], tmp_path / "out", prepare.vocabulary(None, ""), None, 0.1)
+    assert 0.09 < about["val"]["tokens"] / (1000 * pieces) < 0.11
+
+
+def test_a_line_of_any_length_is_read_in_pieces(tmp_path, monkeypatch):
+    """Cut before a space, which tokenizers keep with the word that follows, or else between two characters."""
+    monkeypatch.setattr(prepare, "PIECE_BYTES", 100)
+    whole = "".join(["a word " * 100, "\u4e66" * 500, "\n", "z" * 1000])
+    (tmp_path / "a.txt").write_text(whole)
+    texts = []
+
+    def encode(some):
+        texts.extend(some)
+        return [list(text.encode()) for text in some]
+
+    words = prepare.Vocabulary(encode, 256, [0], "kept")
+    prepare.prepare([tmp_path / "a.txt"], tmp_path / "out", words, [tmp_path / "a.txt"])
+    assert prepared(tmp_path / "out", "train") == prepared(tmp_path / "out", "val") == whole.encode() + b"\0"
+    texts = texts[: len(texts) // 2]
+    assert "".join(texts) == whole
+    assert max(len(text.encode()) for text in texts) < 200
+    assert all(text[0] == " " and text[-1] != " " for text in texts[1:7])
+
+
+def test_texts_of_a_folder_are_found_as_pictures_are(tmp_path):
+    for name in ("a.txt", "B.TXT", "c/d.Txt", "._a.txt", ".git/e.txt", "f.md"):
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_bytes(b"\xff" if name in ("._a.txt", ".git/e.txt") else name.encode())
+    out = tmp_path / "out"
+    prepare.prepare([tmp_path / "texts"], out, prepare.vocabulary(None, "\0"), [tmp_path / "texts" / "a.txt"])
+    assert sorted(prepared(out, "train").split(b"\0")) == [b"", b"B.TXT", b"a.txt", b"c/d.Txt"]
+
+
+@pytest.mark.parametrize("share", ["1e-320", "0", "nan", "0.6"])
+def test_a_share_that_can_t_be_is_refused(capsys, share):
+    with pytest.raises(SystemExit) as ended:
+        prepare.main(["a.txt", "--out", "out", "--val-share", share])
+    assert ended.value.code == 2
+    assert f"--val-share: got {float(share)}; allowed: 1e-06 to 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("files", [63, 64, 65, 200])
+def test_every_piece_is_written_however_many_there_are(tmp_path, files):
+    for number in range(files):
+        (tmp_path / f"{number:03}.txt").write_text(f"{number} ")
+    about = prepare.prepare([tmp_path], tmp_path / "out", prepare.vocabulary(None, ""), [tmp_path / "000.txt"])
+    written = bytes(np.fromfile(tmp_path / "out" / "train.bin", np.uint16).astype(np.uint8))
+    assert written.decode().split() == [str(number) for number in range(files)]
+    assert about["train"]["tokens"] == len(written)
+
+
 def test_an_interrupt_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -219,7 +312,12 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, caps
         (["a.txt", "--end", "\udcff"], "--end: got '\\udcff'; expected text"),
         (["nowhere"], "nowhere: expected a text file, a folder of .txt files"),
         (["broken.txt"], "cannot read broken.txt: 'utf-8' codec can't decode"),
-        (["a.txt", "--val", "empty.txt"], "a.txt: no val text in it; give --val, or more text"),
+        (["a.txt", "--val", "empty.txt"], "prepare: empty.txt: no text in it\n"),
+        (["empty.txt"], "prepare: empty.txt: no text in it\n"),
+        (
+            ["short.txt"],
+            "prepare: short.txt: too short to hold out one piece in 200; give --val, or a larger --val-share\n",
+        ),
         (["a.txt", "--out", "there"], "--out: there exists; expected a new folder"),
         (["a.txt", "--tokenizer", "nowhere.json"], "nowhere.json"),
     ],
@@ -229,6 +327,7 @@ def test_a_fault_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, f
     text_of(tmp_path, "a.txt")
     (tmp_path / "broken.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("a line\n")
     (tmp_path / "there").mkdir()
     before = {path.name for path in tmp_path.iterdir()}
     assert prepare.main([*flags, *([] if "--out" in flags else ["--out", "out"])]) == 2

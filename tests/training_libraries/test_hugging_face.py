@@ -1,5 +1,6 @@
 """Data sets that the library datasets saved, and tokenizers of the library tokenizers: made here, read by training."""
 
+import dataclasses
 import io
 import json
 import re
@@ -14,7 +15,7 @@ import tokenizers
 from PIL import Image
 
 from prenorm_jax.models.config import GPTConfig, ViTConfig
-from prenorm_jax.training import data, prepare
+from prenorm_jax.training import data, prepare, text
 from prenorm_jax.training.data import DataError
 from prenorm_jax.training.experiment import Data, Experiment
 
@@ -95,6 +96,8 @@ def test_faults_name_the_folder_and_the_field(saved, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"^cannot read .*empty: "):
         load(tmp_path / "empty")
+    with pytest.raises(DataError, match=r"pictures, train, row 5: class 2; expected 0 to 1"):
+        dataclasses.replace(load(saved).train, classes=2).batch(np.array([5]), None)
     arrow = next((saved / "train").glob("*.arrow"))
     arrow.write_bytes(arrow.read_bytes()[:-500])
     with pytest.raises(DataError, match=r"pictures"):
@@ -108,6 +111,53 @@ def test_a_broken_picture_is_named_by_its_row(tmp_path):
     datasets.Dataset.from_dict(rows, features=split_of(0, 3).features).save_to_disk(str(tmp_path / "broken"))
     with pytest.raises(DataError, match=r"^cannot read .*broken, .*row 1: cannot identify"):
         load(tmp_path / "broken").held_out.batch(np.array([1]), None)
+
+
+def save_with(tmp_path, column, kind, values):
+    """A split of pictures, with another column of the name."""
+    split = split_of(0, len(values))
+    features = datasets.Features({**split.features, column: kind})
+    rows = split.cast_column("img", datasets.Image(decode=False)).to_dict() | {column: values}
+    datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / "other"))
+    return tmp_path / "other"
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (datasets.Value("float32"), [0.0, 0.9]),
+        (datasets.Value("string"), ["0", "1"]),
+        (datasets.List(datasets.Value("int64")), [[0], [1]]),
+        (datasets.Value("null"), [None, None]),
+    ],
+)
+def test_classes_that_are_no_whole_numbers_are_named(tmp_path, kind, values):
+    root = save_with(tmp_path, "label", kind, values)
+    expected = (
+        r"other: the column label is .*; expected whole numbers or classes.*, or another config\.data\.label_key$"
+    )
+    with pytest.raises(DataError, match=expected):
+        load(root)
+
+
+@pytest.mark.parametrize("kind", [datasets.Value("uint8"), datasets.Value("int64")])
+def test_classes_of_any_whole_number_are_read(tmp_path, kind):
+    batch = load(save_with(tmp_path, "label", kind, [2, 1])).held_out.batch(np.arange(2), None)
+    assert batch["targets"].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "values"),
+    [
+        ("label", datasets.Value("int64"), [0, None]),
+        ("label", datasets.ClassLabel(names=["a", "b", "c"]), [0, None]),
+        ("img", datasets.Image(), [{"bytes": picture(0), "path": None}, None]),
+    ],
+)
+def test_a_row_without_a_picture_or_a_class_is_named(tmp_path, column, kind, values):
+    root = save_with(tmp_path, column, kind, values)
+    with pytest.raises(DataError, match=rf"^cannot read .*other, test, row 1: nothing in the column {column}$"):
+        load(root).held_out.batch(np.arange(2), None)
 
 
 @pytest.mark.parametrize("library", ["datasets", "tokenizers"])
@@ -171,6 +221,48 @@ def test_a_saved_column_is_prepared_a_document_a_row(tokenizer, tmp_path):
     held_out = np.fromfile(tmp_path / "out" / "val.bin", np.uint16)
     documents = read.decode(held_out.tolist(), skip_special_tokens=False).split("<|endoftext|>")
     assert documents == [*LINES[9::10], ""]
+
+
+def test_a_tokenizer_s_truncation_and_padding_are_not_for_texts(tokenizer, tmp_path):
+    """A checkpoint's tokenizer.json often has them switched on, for batches of sentences: here they would lose and add tokens."""
+    (tmp_path / "a.txt").write_text("\n".join(LINES))
+    for number, line in enumerate(LINES[:3]):
+        (tmp_path / f"{number}.txt").write_text(line)
+    flags = ["--tokenizer", str(tokenizer), "--val", *(str(tmp_path / f"{number}.txt") for number in range(3))]
+    ids = {}
+    for kind in ("plain", "truncating", "padding"):
+        made = tokenizers.Tokenizer.from_file(str(tokenizer))
+        made.no_truncation()
+        if kind == "truncating":
+            made.enable_truncation(3)
+        elif kind == "padding":
+            made.enable_padding(pad_id=0, pad_token="<|endoftext|>", length=500)
+        made.save(str(tokenizer))
+        assert prepare.main([str(tmp_path / "a.txt"), *flags, "--out", str(tmp_path / kind)]) == 0
+        prepared = [np.fromfile(tmp_path / kind / f"{side}.bin", np.uint16) for side in ("train", "val")]
+        ids[kind] = [*map(list, prepared), text.tokens(tmp_path / "a.txt", str(tmp_path)).tolist()]
+    assert ids["truncating"] == ids["padding"] == ids["plain"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["a text", None, "a text"], "texts, row 1: nothing in the column text; expected a text"),
+        ([1, 2, 3], "texts: the column text is Value('int64'); expected texts, or another --text-column"),
+        (
+            [["a"], ["b"], ["c"]],
+            "texts: the column text is List(Value('string')); expected texts, or another --text-column",
+        ),
+    ],
+)
+def test_a_column_or_a_row_without_texts_is_named(tmp_path, capsys, values, message):
+    datasets.Dataset.from_dict({"text": values}).save_to_disk(str(tmp_path / "texts"))
+    capsys.readouterr()  # a bar of progress
+    assert prepare.main([str(tmp_path / "texts"), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_faults_of_prepare_are_one_line(tokenizer, tmp_path, capsys):
