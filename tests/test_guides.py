@@ -13,6 +13,7 @@ from prenorm_jax.measure import loader, weight_map
 DOCS = Path(__file__).parent.parent / "docs"
 
 
+@pytest.mark.slow  # on one Python: the README's runs on both
 @pytest.mark.parametrize("guide", ["convert_your_own.md"])
 def test_its_python_runs(guide, capsys):
     text = (DOCS / guide).read_text()

@@ -67,6 +67,7 @@ def test_greedy_generation_is_the_argmax_of_full_passes_in_every_variant(random_
     np.testing.assert_array_equal(generate(config, params, PROMPT, 7), expected[tied])
 
 
+@pytest.mark.slow  # on one Python
 @pytest.mark.parametrize("fields", [{}, {"scan_layers": True}, {"scan_layers": True, "unroll": True}], ids=str)
 @pytest.mark.parametrize("variant", ["pre_ln", "reflect packed"])
 def test_one_token_at_a_time_gives_the_logits_of_a_full_pass_and_keeps_the_cache_in_its_memory(

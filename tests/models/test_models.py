@@ -68,6 +68,7 @@ def assert_near(actual, expected, tolerance=EXACT):
     assert np.max(np.abs(actual - expected)) <= tolerance * np.max(np.abs(expected))
 
 
+@pytest.mark.slow  # on one Python
 @every_config
 @every_variant
 def test_logits_and_gradients_are_the_pre_ln_model_s(name, variant, random_params, assert_same):

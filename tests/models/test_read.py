@@ -14,6 +14,8 @@ from prenorm_jax.models import ViTConfig, attention, blocks
 from prenorm_jax.training import sharding
 from prenorm_jax.training.experiment import Mesh
 
+pytestmark = pytest.mark.slow  # on one Python
+
 VIT = ViTConfig(
     width=16,
     depth=3,

@@ -13,6 +13,7 @@ from prenorm_jax.tracing import ConversionError, convert
 PLAIN = ("residual", "two-pass", "mlp", 0)
 
 
+@pytest.mark.slow  # on one Python
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
 @given(programs, policies, folds)
 def test_random_programs_stay_the_same(program, activations, fold):
