@@ -137,26 +137,26 @@ class _Walk:
             if stage == "biased" and scalar_value(other) != 1.0:
                 self.found.stay(f"it is scaled by row behind its bias at {where(eqn)}")
             self.go(out, axis, stage)
-        elif name_of(eqn) == "mul" and stage == "centered" and (view := self.vector(other, out, axis)) is not None:
+        elif name_of(eqn) == "mul" and stage == "centered" and (view := self.by_row(other, out, axis)) is not None:
             branch = self.branches.setdefault(view, NormFound(self.plain.site, scale=view, eps=self.eps))
             self.go(out, axis, "scaled", branch)
         else:
             self.found.stay(f"it is multiplied by something that is no parameter of its own at {where(eqn)}")
 
     def vector(self, atom: Any, like: Any, axis: int) -> LeafView | None:
+        """The vector leaf that an operand is."""
+        view = self.views.view(atom, axis) if self.views.vector_axis(atom, like) == axis else None
+        return view if view is not None and self.whole(view) else None
+
+    def by_row(self, atom: Any, like: Any, axis: int) -> LeafView | None:
         """The vector leaf that an operand is, perhaps already multiplied by a row statistic."""
-        if not is_var(atom):
-            return None
-        if self.views.vector_axis(atom, like) == axis:
-            view = self.views.view(atom, axis)
-            return view if view is not None and self.whole(view) else None
-        if atom in self.flow.definer and self.views.times_used(atom) == 1:
+        view = self.vector(atom, like, axis)
+        if view is None and is_var(atom) and atom in self.flow.definer and self.views.times_used(atom) == 1:
             eqn, _ = self.flow.definer[atom]
-            if name_of(eqn) == "mul":
-                for a, b in (eqn.invars, eqn.invars[::-1]):
-                    if self.views.facts.constant_along(a, (axis,)):
-                        return self.vector(b, atom, axis)
-        return None
+            for a, b in (eqn.invars, eqn.invars[::-1]) if name_of(eqn) == "mul" else ():
+                if self.views.facts.constant_along(a, (axis,)):
+                    return self.by_row(b, atom, axis)
+        return view
 
     def whole(self, view: LeafView) -> bool:
         shape = shape_of(self.flow.main.jaxpr.invars[view.position])

@@ -8,7 +8,9 @@ import trap_search
 from hypothesis import HealthCheck, given, settings
 from trap_programs import TRAPS, build, folds, inputs, parameters, parts, policies, programs, traps
 
-from prenorm_jax.tracing import ConversionError, convert
+import prenorm_jax as pn
+from conftest import worst
+from prenorm_jax.tracing import ConversionError, convert, trace
 
 PLAIN = ("residual", "two-pass", "mlp", 0)
 
@@ -18,6 +20,18 @@ PLAIN = ("residual", "two-pass", "mlp", 0)
 def test_random_programs_stay_the_same(program, activations, fold):
     found = trap_search.examine(program, activations, fold, gradients=len(program[1]) == 1)
     assert not found.differs, f"{found}\n{found.report}"
+
+
+@pytest.mark.parametrize("end", ["head", "affine and head", "affine, scaled by row", "bias, scaled by row"])
+def test_a_described_program_folds_exactly(end):
+    program = ("embedding", (PLAIN,), "two-pass", end)
+    fn, params, x = build(program), parameters(), inputs()
+    branch = trace(fn, params, *x)
+    assert worst(fn(params, *x), fn(pn.fold_affine(params, branch), *x)) < 1e-10
+    out = convert(fn, params, *x, fold=True, verify=False)
+    assert worst(fn(params, *x), out.fn(out.params, *x)) < 1e-10
+    if "row" in end:
+        assert "no parameter of its own" in branch.norms[-1].keep
 
 
 def test_the_search_converts_something():
