@@ -49,7 +49,8 @@ class Shifts:
         while node in self._blamed and node not in seen:
             seen.add(node)
             node = self._blamed[node]
-        return self._explored[node].failure or "a value derived from it may not be shifted"
+        found = self._explored.get(node, Exploration())
+        return found.failure or "a value derived from it may not be shifted"
 
     def _solve(self, root: Node) -> None:
         users: dict[Node, set[Node]] = {}

@@ -310,6 +310,7 @@ def kept(fn, params, *inputs, **kw):
 
 
 SMALL = {"w": normal(5, D), "ln": affine(), "head": normal(D, 3), "raw": normal(D, 3), "gate": normal(D)}
+SMALL |= {"one": normal(), "each": normal(1, L, 1)}
 
 
 @pytest.mark.parametrize(
@@ -332,6 +333,8 @@ SMALL = {"w": normal(5, D), "ln": affine(), "head": normal(D, 3), "raw": normal(
         (lambda p, x: rsqrt_norm(x @ p["w"], p["ln"]) @ p["head"] + jnp.sum(p["w"] ** 2), "a mean of it is used in"),
         (lambda p, x: (x @ p["w"]) - jax.lax.stop_gradient((x @ p["w"]).mean(-1, keepdims=True)), ""),
         (lambda p, x: rsqrt_norm(x @ p["w"], p["ln"]) * jnp.exp(x @ p["w"]), "exp reads its mean"),
+        (lambda p, x: rsqrt_norm(x @ p["w"] + p["one"], p["ln"]) @ p["head"], "a leaf that is one number for all"),
+        (lambda p, x: rsqrt_norm(x @ p["w"] + p["each"], p["ln"]) @ p["head"], "a leaf that is one number for all"),
         (lambda p, x: rsqrt_norm(jnp.fft.fft(x @ p["w"]).real, p["ln"]) @ p["head"], "does not pay"),
     ],
     ids=[
@@ -343,6 +346,8 @@ SMALL = {"w": normal(5, D), "ln": affine(), "head": normal(D, 3), "raw": normal(
         "weight decay",
         "stopped mean",
         "exp",
+        "one number",
+        "one number for each token",
         "no rule",
     ],
 )
