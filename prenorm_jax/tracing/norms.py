@@ -163,6 +163,9 @@ class _Walk:
         return math.prod(shape) == math.prod(shape[a] for a in view.axes().values())
 
     def biased(self, eqn: Any, i: int, axis: int, stage: str) -> None:
+        if scalar_value(eqn.invars[1 - i]) == 0.0:
+            self.go(eqn.outvars[0], axis, stage)
+            return
         view = self.vector(eqn.invars[1 - i], eqn.outvars[0], axis)
         if view is None or (stage == "scaled" and self.found.bias not in (None, view)):
             self.found.stay(f"it is added to something that is no parameter of its own at {where(eqn)}")
@@ -222,6 +225,7 @@ class _Walk:
         atom, rank = use.invars[i], len(shape_of(use.outvars[0]))
         if not is_var(atom) or len(shape_of(atom)) != rank:
             return None
+        atom, axes = self.unwidened(atom, axes)
         order: dict[int, int] = {}  # axis of the bias's leaf -> axis of the kernel's leaf
         bias: LeafView | None = None
         for leaf_axis, a in axes.items():
@@ -240,6 +244,16 @@ class _Walk:
         if math.prod(shape) != math.prod(shape[a] for a in order):
             return None
         return bias.position, tuple(order[a] for a in sorted(order))
+
+    def unwidened(self, atom: Any, axes: dict[int, int]) -> tuple[Any, dict[int, int]]:
+        """What an operand is a broadcast of, and where that has these axes, if it repeats along none of them."""
+        eqn, _ = self.flow.definer.get(atom, (None, 0))
+        if eqn is None or name_of(eqn) != "broadcast_in_dim" or self.views.times_used(atom) != 1:
+            return atom, axes
+        places, shape, wide = eqn.params["broadcast_dimensions"], shape_of(eqn.invars[0]), shape_of(atom)
+        inner = {k: places.index(a) for k, a in axes.items() if a in places}
+        whole = len(inner) == len(axes) and all(shape[inner[k]] == wide[a] for k, a in axes.items())
+        return (eqn.invars[0], inner) if whole else (atom, axes)
 
 
 def _eps(flow: Any, site: Site) -> float | None:

@@ -291,6 +291,30 @@ def test_fold_leaves_ones_and_zeros_that_are_not_looked_at(check):
     assert jnp.array_equal(out.fn(other, tokens()), out.fn(out.params, tokens()))
 
 
+@pytest.mark.parametrize(
+    ("shape", "written", "takes"),
+    [
+        ((3,), lambda b, y: jax.lax.broadcast_in_dim(b, y.shape, (2,)), True),
+        ((1, 3), lambda b, y: jax.lax.broadcast_in_dim(b, y.shape, (1, 2)), True),
+        ((3, 1), lambda b, y: jnp.broadcast_to(b.T, y.shape), True),
+        ((), lambda b, y: jnp.broadcast_to(b, y.shape), False),
+        ((1,), lambda b, y: jnp.broadcast_to(b, y.shape), False),
+        ((L, 3), lambda b, y: jnp.broadcast_to(b, y.shape), False),
+        ((L, 1), lambda b, y: jnp.broadcast_to(b, y.shape), False),
+    ],
+)
+def test_which_readers_biases_take_more(shape, written, takes):
+    """A bias may be written as wide as what it is added to, but it has to be one number for each of its features."""
+
+    def fn(p, x):
+        y = rsqrt_norm(x @ p["w"], p["ln"]) @ p["head"]
+        return y + written(p["b"], y)
+
+    params = {**{k: SMALL[k] for k in ("w", "ln", "head")}, "b": normal(*shape)}
+    out = convert(fn, params, normal(B, L, 5), fold=True)
+    assert set(out.report.folded) == ({"ln/scale", "ln/bias"} if takes else set())
+
+
 def test_a_zero_scale_folds(check):
     params = gpt_params(1)
     params["blocks"][0]["ln2"]["scale"] = jnp.zeros(D)
