@@ -59,6 +59,12 @@ def einsum_moment_norm(x, p):
     return (x - m) * jax.lax.rsqrt(v + 1e-5) * p["scale"][None, None] + p["bias"][None, None]
 
 
+def ones_norm(x, p):
+    c = x - x @ (jnp.ones((D, 1), jnp.float32).astype(x.dtype) / D)
+    v = (c * c) @ (jnp.ones((1, D)).T * (1 / D))
+    return c * jax.lax.rsqrt(v + 1e-5) * p["scale"][None, None] + p["bias"][None, None]
+
+
 def wide_norm(x, p):
     y = x.astype(jnp.float32)
     m, v = y.mean(-1, keepdims=True), y.var(-1, keepdims=True)
@@ -77,6 +83,7 @@ NORMS = [
     folded_norm,
     einsum_norm,
     einsum_moment_norm,
+    ones_norm,
     wide_norm,
     gamma_minus_one_norm,
 ]
@@ -331,6 +338,27 @@ def kept(fn, params, *inputs, **kw):
     assert out.report.error < 1e-12
     assert jax.tree.all(jax.tree.map(jnp.array_equal, out.params, params))
     return out.report.sites[0].reason if out.report.sites else ""
+
+
+@pytest.mark.parametrize(
+    ("weights", "is_mean"),
+    [
+        (lambda: jnp.ones((D, 1)) / D, True),
+        (lambda: -(jnp.zeros((D, 1)) - 1.0) / jnp.full((D, 1), 1.0 * D), True),
+        (lambda: jnp.ones((D, 1)) / (D + 1), False),
+        (lambda: jnp.ones((D, 1)) / jnp.arange(1, D + 1)[:, None], False),
+        (lambda: jnp.ones((D, 1)) * (1 / D) * (1 + 1e-6), False),
+        (lambda: (jnp.ones((D, 1)) + 1e-6).astype(jnp.bfloat16).astype(jnp.float64) / D, True),  # it is 1
+    ],
+)
+def test_which_products_are_means(weights, is_mean):
+    def fn(p, x):
+        y = x @ p["w"]
+        c = y - y @ weights()
+        return c * jax.lax.rsqrt((c * c).mean(-1, keepdims=True) + 1e-5) @ p["head"]
+
+    out = convert(fn, SMALL, normal(B, L, 5), partial=True)
+    assert (out.report.converted, len(out.report.sites)) == (is_mean, is_mean)
 
 
 SMALL = {"w": normal(5, D), "ln": affine(), "head": normal(D, 3), "raw": normal(D, 3), "gate": normal(D)}
