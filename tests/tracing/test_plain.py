@@ -71,6 +71,18 @@ def wide_norm(x, p):
     return ((y - m) * jax.lax.rsqrt(v + 1e-5)).astype(x.dtype) * p["scale"][None, None] + p["bias"][None, None]
 
 
+def copied_norm(x, p):
+    """Statistics of a copy in another shape."""
+    y = x.reshape(*x.shape[:-1], 1, D)
+    return (x - y.mean(-1)) / jnp.sqrt(y.var(-1) + 1e-5) * p["scale"][None, None] + p["bias"][None, None]
+
+
+def copied_moment_norm(x, p):
+    y = x[:, :, None]
+    m = y.mean(-1)
+    return (x - m) / jnp.sqrt((y * y).mean(-1) - m * m + 1e-5) * p["scale"][None, None] + p["bias"][None, None]
+
+
 def gamma_minus_one_norm(x, p):
     m, v = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
     return (x - m) / jnp.sqrt(v + 1e-5) * (1 + p["scale"][None, None])
@@ -85,6 +97,8 @@ NORMS = [
     einsum_moment_norm,
     ones_norm,
     wide_norm,
+    copied_norm,
+    copied_moment_norm,
     gamma_minus_one_norm,
 ]
 

@@ -76,6 +76,13 @@ def norm_groups(x, axis=-1):
     return norm_two_pass(x.reshape(*x.shape[:-1], 2, -1)).reshape(x.shape)
 
 
+def norm_copied(x, axis=-1):
+    """Statistics of a copy in another shape."""
+    y = x[..., None, :]
+    m = y.mean(-1)
+    return (x - m) / jnp.sqrt((y * y).mean(-1) - m * m + 1e-3)
+
+
 def norm_rms(x, axis=-1):
     return x * jax.lax.rsqrt((x * x).mean(axis, keepdims=True) + 1e-3)
 
@@ -100,6 +107,7 @@ NORMS = {
     "half of the mean": norm_half_mean,
     "two axes": norm_two_axes,
     "groups": norm_groups,
+    "of a copy": norm_copied,
     "rms": norm_rms,
     "variance of another value": norm_mixed_variance,
     "another axis": lambda x: norm_two_pass(x, 1),
