@@ -51,9 +51,10 @@ class Exploration:
 
 
 class Explorer:
-    """Follows one value within its body."""
+    """Follows one value within its body. `cut` says where a value that is merely shifted is left to a question of its own: 2, where it is
+    added to or put into another shape; 1, where it is added to; 0, in neither case."""
 
-    def __init__(self, flow: Flow, facts: ConstantAlong, var: Any, axes: Axes, cut: bool):
+    def __init__(self, flow: Flow, facts: ConstantAlong, var: Any, axes: Axes, cut: int):
         self.flow, self.facts, self.axes, self.cut = flow, facts, axes, cut
         self.shape = shape_of(var)
         self.body = flow.body_of[var]
@@ -145,9 +146,11 @@ class Explorer:
     def is_moved_stream(self, eqn: Any) -> bool:
         """A stream in another shape is a stream of its own."""
         atom = eqn.invars[0] if eqn.invars else None
-        if not self.cut or name_of(eqn) not in MOVES - {"transpose"} or not is_var(atom):
+        if self.cut < 2 or name_of(eqn) not in MOVES - {"transpose"} or not is_var(atom):
             return False
-        return atom in self.tracked and self.shifted_axes(atom, self.tracked[atom]) is not None
+        moved = atom in self.tracked and self.shifted_axes(atom, self.tracked[atom]) is not None
+        self.found.cuts += moved
+        return moved
 
     def follow(self, eqn: Any, result: tuple[P.Poly, Dims]) -> None:
         poly, dims = result

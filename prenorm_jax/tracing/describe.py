@@ -50,8 +50,9 @@ def trace(
         side: the transforms are then applied with one after the other.
 
     A LayerScale that has to move into its writer before that is recentered is the writer's `scale`. A norm whose affine can't move into its
-    readers is kept, with the reason (`Norm.keep`); one that has none is told by its line in the program (`Norm.module`). Behind a kept norm
-    a compressed model computes in the Pre-LN coordinates.
+    readers is kept, with the reason (`Norm.keep`); one that has none is told by its line in the program (`Norm.module`). A bias of a
+    kept norm that writes to the main branch is a writer, and not the norm's. Behind a kept norm a compressed model computes in the Pre-LN
+    coordinates.
 
     Raises: ConversionError where nothing can be converted, where there are main branches of several widths and none is chosen, or where a
       LayerScale is of a shape that a description can't say (`convert` moves it all the same).
@@ -101,7 +102,8 @@ def _branch(
                     "description knows vectors (layers..., width) only; use convert, which does it"
                 )
             writers.append(Writer(paths[k], axis, scale=None if scale is None else paths[scale]))
-    return MainBranch(tuple(writers), tuple(_norm(n, paths, shapes) for n in found), (), width)
+    written = frozenset(w.leaf for w in writers)
+    return MainBranch(tuple(writers), tuple(_norm(n, paths, shapes, written) for n in found), (), width)
 
 
 def _lines_up(vector: tuple[int, ...], kernel: tuple[int, ...], axis: int) -> bool:
@@ -109,7 +111,7 @@ def _lines_up(vector: tuple[int, ...], kernel: tuple[int, ...], axis: int) -> bo
     return stacks(np.empty(vector), np.empty(kernel), axis) and vector[-1] == kernel[axis]
 
 
-def _norm(found: NormFound, paths: list[str], shapes: list[tuple[int, ...]]) -> Norm:
+def _norm(found: NormFound, paths: list[str], shapes: list[tuple[int, ...]], written: frozenset[str]) -> Norm:
     scale = None if found.scale is None else paths[found.scale.position]
     bias = None if found.bias is None else paths[found.bias.position]
     keep = found.keep or next((_stacked_behind(v, paths, shapes) for v in (found.scale, found.bias) if v), None)
@@ -122,6 +124,7 @@ def _norm(found: NormFound, paths: list[str], shapes: list[tuple[int, ...]]) -> 
         if bias is not None and not plain:
             keep = keep or f"{paths[k]} can take no bias"
     if keep is not None:
+        bias = None if bias in written else bias  # a norm at the end of a branch: what it adds is the main branch's
         line = where(found.site.sums[0]) if scale is None and bias is None else None
         return Norm((), scale, bias, found.eps, keep, module=line)
     return Norm(tuple(readers), scale, bias, found.eps)

@@ -47,6 +47,9 @@ _FOLDABLE = names(
 )
 
 
+_MOVES = names("broadcast_in_dim reshape transpose squeeze")
+
+
 class _Normalizer:
     """Rewrites one body at a time; fresh variables everywhere, so that no two bodies share one."""
 
@@ -112,12 +115,11 @@ class _Normalizer:
         if name == "pvary" and scalar_value(args[0]) is not None:
             return [Varying(args[0].val, out.aval, eqn)]
         if name in _FOLDABLE and shape_of(out) == () and all(scalar_value(a) is not None for a in args):
-            with jax.ensure_compile_time_eval():
-                value = eqn.primitive.bind(*(np.asarray(a.val, a.aval.dtype) for a in args), **eqn.params)
+            value = _computed(eqn, [a.val for a in args])
             varying = next((a for a in args if isinstance(a, Varying)), None)
             if varying is not None:
-                return [Varying(np.asarray(value), out.aval, _pvary_of(varying.eqn, out.aval))]
-            return [literal(np.asarray(value), out.aval)]
+                return [Varying(value, out.aval, _pvary_of(varying.eqn, out.aval))]
+            return [literal(value, out.aval)]
         return None
 
     def _eqn(self, eqn: Any, args: list, eqns: list, seen: dict, scope: str) -> list:
@@ -130,12 +132,20 @@ class _Normalizer:
         outs = [jex.Var(v.aval) for v in eqn.outvars]
         new = eqn.replace(invars=args, outvars=outs, params=params)
         eqns.append(_rescope(new, scope))
-        number = scalar_value(args[0]) if name_of(eqn) == "broadcast_in_dim" else None
+        number = self._number_of(eqn, args)
         if number is not None:
             self.uniform[outs[0]] = number
         if key is not None:
             seen[key] = outs
         return outs
+
+    def _number_of(self, eqn: Any, args: list) -> float | None:
+        """The number that a result holds everywhere, where each operand holds one everywhere."""
+        numbers = [self.number(a) if scalar_value(a) is None else scalar_value(a) for a in args]
+        name = name_of(eqn)
+        if name not in _FOLDABLE | _MOVES or None in numbers or not all(map(is_float, [*args, *eqn.outvars])):
+            return None
+        return numbers[0] if name in _MOVES else float(_computed(eqn, numbers))
 
     def _param(self, value: Any) -> Any:
         if isinstance(value, (tuple, list)) and value and all(is_program(v) for v in value):
@@ -146,6 +156,13 @@ class _Normalizer:
         jaxpr, consts = open_program(value)
         new = self.body(jaxpr, [literal(c, v.aval) for v, c in zip(jaxpr.constvars, consts, strict=True)])
         return close_like(value, new)
+
+
+def _computed(eqn: Any, numbers: list) -> np.ndarray:
+    """What an elementwise equation makes of one number of each operand."""
+    with jax.ensure_compile_time_eval():
+        args = (np.asarray(n, a.aval.dtype) for n, a in zip(numbers, eqn.invars, strict=True))
+        return np.asarray(eqn.primitive.bind(*args, **eqn.params))
 
 
 def _as_sum(eqn: Any, name: str, args: list, numbers: list[float | None]) -> Any:

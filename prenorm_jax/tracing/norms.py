@@ -137,32 +137,35 @@ class _Walk:
             if stage == "biased" and scalar_value(other) != 1.0:
                 self.found.stay(f"it is scaled by row behind its bias at {where(eqn)}")
             self.go(out, axis, stage)
-        elif name_of(eqn) == "mul" and stage == "centered" and (view := self.vector(other, out, axis)) is not None:
+        elif name_of(eqn) == "mul" and stage == "centered" and (view := self.by_row(other, out, axis)) is not None:
             branch = self.branches.setdefault(view, NormFound(self.plain.site, scale=view, eps=self.eps))
             self.go(out, axis, "scaled", branch)
         else:
             self.found.stay(f"it is multiplied by something that is no parameter of its own at {where(eqn)}")
 
     def vector(self, atom: Any, like: Any, axis: int) -> LeafView | None:
+        """The vector leaf that an operand is."""
+        view = self.views.view(atom, axis) if self.views.vector_axis(atom, like) == axis else None
+        return view if view is not None and self.whole(view) else None
+
+    def by_row(self, atom: Any, like: Any, axis: int) -> LeafView | None:
         """The vector leaf that an operand is, perhaps already multiplied by a row statistic."""
-        if not is_var(atom):
-            return None
-        if self.views.vector_axis(atom, like) == axis:
-            view = self.views.view(atom, axis)
-            return view if view is not None and self.whole(view) else None
-        if atom in self.flow.definer and self.views.times_used(atom) == 1:
+        view = self.vector(atom, like, axis)
+        if view is None and is_var(atom) and atom in self.flow.definer and self.views.times_used(atom) == 1:
             eqn, _ = self.flow.definer[atom]
-            if name_of(eqn) == "mul":
-                for a, b in (eqn.invars, eqn.invars[::-1]):
-                    if self.views.facts.constant_along(a, (axis,)):
-                        return self.vector(b, atom, axis)
-        return None
+            for a, b in (eqn.invars, eqn.invars[::-1]) if name_of(eqn) == "mul" else ():
+                if self.views.facts.constant_along(a, (axis,)):
+                    return self.by_row(b, atom, axis)
+        return view
 
     def whole(self, view: LeafView) -> bool:
         shape = shape_of(self.flow.main.jaxpr.invars[view.position])
         return math.prod(shape) == math.prod(shape[a] for a in view.axes().values())
 
     def biased(self, eqn: Any, i: int, axis: int, stage: str) -> None:
+        if scalar_value(eqn.invars[1 - i]) == 0.0:
+            self.go(eqn.outvars[0], axis, stage)
+            return
         view = self.vector(eqn.invars[1 - i], eqn.outvars[0], axis)
         if view is None or (stage == "scaled" and self.found.bias not in (None, view)):
             self.found.stay(f"it is added to something that is no parameter of its own at {where(eqn)}")
@@ -222,6 +225,7 @@ class _Walk:
         atom, rank = use.invars[i], len(shape_of(use.outvars[0]))
         if not is_var(atom) or len(shape_of(atom)) != rank:
             return None
+        atom, axes = self.unwidened(atom, axes)
         order: dict[int, int] = {}  # axis of the bias's leaf -> axis of the kernel's leaf
         bias: LeafView | None = None
         for leaf_axis, a in axes.items():
@@ -240,6 +244,16 @@ class _Walk:
         if math.prod(shape) != math.prod(shape[a] for a in order):
             return None
         return bias.position, tuple(order[a] for a in sorted(order))
+
+    def unwidened(self, atom: Any, axes: dict[int, int]) -> tuple[Any, dict[int, int]]:
+        """What an operand is a broadcast of, and where that has these axes, if it repeats along none of them."""
+        eqn, _ = self.flow.definer.get(atom, (None, 0))
+        if eqn is None or name_of(eqn) != "broadcast_in_dim" or self.views.times_used(atom) != 1:
+            return atom, axes
+        places, shape, wide = eqn.params["broadcast_dimensions"], shape_of(eqn.invars[0]), shape_of(atom)
+        inner = {k: places.index(a) for k, a in axes.items() if a in places}
+        whole = len(inner) == len(axes) and all(shape[inner[k]] == wide[a] for k, a in axes.items())
+        return (eqn.invars[0], inner) if whole else (atom, axes)
 
 
 def _eps(flow: Any, site: Site) -> float | None:

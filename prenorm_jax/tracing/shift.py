@@ -28,12 +28,12 @@ class Shifts:
         self.flow = flow
         self.facts = facts or ConstantAlong(flow)
         self._explored: dict[Node, Exploration] = {}
-        self._plain: set[Node] = set()  # explored again without cutting at adds
+        self._cut: dict[Node, int] = {}  # of what was explored again
         self._known: dict[Node, bool] = {}
         self._blamed: dict[Node, Node] = {}
 
-    def explore(self, var: Any, axes: Axes, cut: bool = True) -> Exploration:
-        """Follow one value; `cut=False` goes on through adds of other values."""
+    def explore(self, var: Any, axes: Axes, cut: int = 2) -> Exploration:
+        """Follow one value; `cut=1` goes on through other shapes, `cut=0` through adds of other values as well."""
         return Explorer(self.flow, self.facts, var, axes, cut).run()
 
     def may_shift(self, var: Any, axes: Axes) -> bool:
@@ -49,7 +49,8 @@ class Shifts:
         while node in self._blamed and node not in seen:
             seen.add(node)
             node = self._blamed[node]
-        return self._explored[node].failure or "a value derived from it may not be shifted"
+        found = self._explored.get(node, Exploration())
+        return found.failure or "a value derived from it may not be shifted"
 
     def _solve(self, root: Node) -> None:
         users: dict[Node, set[Node]] = {}
@@ -95,13 +96,12 @@ class Shifts:
         return fine
 
     def _retry(self, node: Node) -> bool:
-        """Once per value: follow it again without cutting at adds."""
-        if node in self._plain or not self._explored[node].cuts:
-            return False
-        self._plain.add(node)
-        again = self.explore(*node, cut=False)
-        if again.failure:
-            return False
-        self._explored[node] = again
-        self._blamed.pop(node, None)
-        return True
+        """Follow a value again, with fewer cuts."""
+        while self._explored[node].cuts and self._cut.get(node, 2):
+            self._cut[node] = self._cut.get(node, 2) - 1
+            again = self.explore(*node, cut=self._cut[node])
+            if not again.failure:
+                self._explored[node] = again
+                self._blamed.pop(node, None)
+                return True
+        return False

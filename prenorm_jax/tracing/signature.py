@@ -33,9 +33,6 @@ class Arguments:
     def of(cls, params: Any, inputs: tuple[Any, ...]) -> Arguments:
         leaves, tree = jax.tree.flatten((params, inputs))
         names = list(paths_of(params))
-        keys = jax.tree_util.tree_flatten_with_path(params)[0]
-        if len(names) != len(keys):  # two leaves of one name: spell the paths out
-            names = [jax.tree_util.keystr(path) for path, _ in keys]
         is_array = [_is_array(leaf, k >= len(names)) for k, leaf in enumerate(leaves)]
         paths = [name for name, array in zip(names, is_array[: len(names)], strict=True) if array]
         weak = [_is_weak(leaf) for leaf, array in zip(leaves, is_array, strict=True) if array]
@@ -126,13 +123,17 @@ class _Same:
         )
 
 
+def _is_number(leaf: Any) -> bool:
+    """Whether it is Python's own."""
+    return isinstance(leaf, (bool, int, float, complex)) and not isinstance(leaf, np.generic)
+
+
 def _is_weak(leaf: Any) -> bool:
-    number = isinstance(leaf, (bool, int, float, complex)) and not isinstance(leaf, np.generic)
-    return number or bool(getattr(leaf, "weak_type", False))
+    return _is_number(leaf) or bool(getattr(leaf, "weak_type", False))
 
 
 def _is_array(leaf: Any, is_input: bool) -> bool:
-    if isinstance(leaf, (bool, int, float, complex)) and not isinstance(leaf, np.generic):
+    if _is_number(leaf):
         return is_input and not isinstance(leaf, bool)
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
@@ -146,7 +147,10 @@ class Traced:
 
 
 def trace_program(fn: Callable[..., Any], arguments: Arguments, inline_custom: bool = False) -> Traced:
-    """Trace fn(params, *inputs) for these arguments."""
+    """Trace fn(params, *inputs) for these arguments.
+
+    Raises: ConversionError where Python needs the value of a number among the inputs.
+    """
     structures = []
 
     def flat(*arrays: Any) -> list[Any]:
@@ -155,7 +159,15 @@ def trace_program(fn: Callable[..., Any], arguments: Arguments, inline_custom: b
         structures.append(tree)
         return outs
 
-    closed = jax.make_jaxpr(flat)(*arguments.avals)
+    try:
+        closed = jax.make_jaxpr(flat)(*arguments.avals)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError) as error:
+        if not any(map(_is_number, arguments.arrays)):
+            raise
+        raise ConversionError(
+            "the function needs the value of what it traces (for range, if or float); Python numbers among the inputs are traced like "
+            "arrays: close over them, for example with functools.partial(fn, n=2), so that they are part of the program"
+        ) from error
     return Traced(normalize(closed, (lambda eqn: True) if inline_custom else enters), structures[-1])
 
 

@@ -20,6 +20,7 @@ from prenorm_jax.tracing.jaxprs import (
     scalar_value,
     shape_of,
 )
+from prenorm_jax.tracing.rules import regroup
 from prenorm_jax.tracing.shift import Node, Shifts
 
 
@@ -56,12 +57,36 @@ def find_sites(flow: Flow, shifts: Shifts) -> list[Site]:
             if name_of(eqn) != "reduce_sum" or not is_var(eqn.invars[0]) or not is_float(eqn.outvars[0]):
                 continue
             x, axes = _unscaled(flow, eqn.invars[0], tuple(int(a) for a in eqn.params["axes"]))
-            if not axes or not is_float(x) or (x, axes) in sites or len(shape_of(x)) <= max(axes):
+            if (x, axes) in sites:
                 continue
-            found = shifts.explore(x, axes)
-            if found.sums and (found.cancelled or found.across):
-                sites[x, axes] = Site(x, axes, found.sums, found.centered, found.cancelled or found.across, body)
+            site = _site(shifts, x, axes, body)
+            if site is None or not shifts.may_shift(x, axes):
+                source = _unshaped(flow, x, axes)
+                if source != (x, axes) and shifts.may_shift(*source):
+                    site = _site(shifts, *source, body, cut=1) or site
+            if site is not None:
+                sites[site.x, site.axes] = site
     return sorted(sites.values(), key=lambda s: flow.order[id(s.sums[0])])
+
+
+def _site(shifts: Shifts, x: Any, axes: Axes, body: Body, cut: int = 2) -> Site | None:
+    """The mean subtraction from x, if there is one."""
+    if not axes or not is_float(x) or len(shape_of(x)) <= max(axes):
+        return None
+    found = shifts.explore(x, axes, cut)
+    cancelled = found.cancelled or found.across
+    return Site(x, axes, found.sums, found.centered, cancelled, body) if found.sums and cancelled else None
+
+
+def _unshaped(flow: Flow, var: Any, axes: Axes) -> Node:
+    """The value that `var` is a copy of in another shape, and where it has `axes`: statistics may be taken of a reshaped copy."""
+    while var in flow.definer and name_of(flow.definer[var][0]) in ("reshape", "broadcast_in_dim", "squeeze"):
+        source = flow.definer[var][0].invars[0]
+        moved = regroup(shape_of(var), shape_of(source), axes) if is_var(source) else None
+        if not moved:
+            break
+        var, axes = _unscaled(flow, source, moved)
+    return var, axes
 
 
 def _unscaled(flow: Flow, var: Any, axes: Axes) -> tuple[Any, Axes]:

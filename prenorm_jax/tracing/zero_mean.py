@@ -265,6 +265,8 @@ class ZeroMean:
             known = "" if has_rule(name_of(eqn)) or id(eqn) in self.flow.bodies_of else ", which has no rule,"
             return f"the result of {name_of(eqn)}{known} at {where(eqn)}"
         if atom in self.leaves:
+            if math.prod(shape_of(atom)[a] for a in need.axes if a < len(shape_of(atom))) == 1:
+                return "a leaf that is one number for all features"
             return f"a leaf that may not be recentered ({self.shifts.why_not(atom, need.axes)})"
         if self.flow.body_of[atom].role == "shard":
             return "an argument of shard_map whose features are sharded over devices"

@@ -70,6 +70,40 @@ def residual_with_layer_scale(p, x):
     return norm(x) @ p["head"]
 
 
+def affine_norm(x, p):
+    y = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return y * p["s"][None, None] + p["b"][None, None]
+
+
+def sandwich(p, x):
+    x = x @ p["in"]
+    x = x + affine_norm(jax.nn.gelu(affine_norm(x, p["n1"]) @ p["up"] + p["up_b"][None, None]) @ p["down"], p["n2"])
+    return affine_norm(x, p["nf"]) @ p["head"] + p["head_b"][None, None]
+
+
+def norm_of_a_norm(p, x):
+    x = x @ p["in"]
+    x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5) + p["n2"]["b"][None, None]
+    return affine_norm(x, p["nf"]) @ p["head"] + p["head_b"][None, None]
+
+
+@pytest.mark.parametrize("activations", ["pays", "always", "never"])
+@pytest.mark.parametrize("fn", [sandwich, norm_of_a_norm])
+def test_a_kept_norms_bias_may_be_a_writer(fn, activations):
+    params = {"in": normal(5, D), "up": normal(D, D), "up_b": normal(D), "down": normal(D, D), "head": normal(D, 3)}
+    params |= {"head_b": normal(3), **{k: {"s": normal(D), "b": normal(D)} for k in ("n1", "n2", "nf")}}
+    x = normal(2, 4, 5)
+    branch = trace(fn, params, x, activations=activations)
+    roles = [*(w.leaf for w in branch.writers), *(n.bias for n in branch.norms)]
+    assert roles.count("n2/b") == 1
+    for transform in (pn.fold_affine, pn.recenter, pn.to_pre_rmsnorm):
+        new = transform(params, branch)
+        assert worst(fn(params, x), fn(new, x)) < 1e-10
+    out = convert(fn, params, x, activations=activations)
+    assert worst(fn(params, x), out.fn(new, x)) < 1e-10
+    assert worst(fn(params, x), out.fn(params, x)) > 1e-4
+
+
 @pytest.mark.parametrize(
     ("vector", "fits"), [((8,), True), ((1, 1, 8), True), ((3, 8), True), ((8, 3), False), ((2, 8), False)]
 )

@@ -5,6 +5,10 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
+import prenorm_jax as pn
+from conftest import shaken, widened, worst
+from prenorm_jax.tracing import convert, trace
+
 D, V = 8, 11
 
 
@@ -34,6 +38,24 @@ def test_haiku_gpt(check):
     with jax.numpy_rank_promotion("allow"):
         params = model.init(jax.random.key(0), tokens())
         check(model.apply, params, tokens(), sites=3, others=[(tokens(3, 5),)], grads=True, halves=True)
+
+
+def test_haiku_linear_takes_a_norms_bias():
+    """It broadcasts its bias to the whole of its result."""
+    model = hk.without_apply_rng(hk.transform(haiku_gpt))
+    with jax.numpy_rank_promotion("allow"):
+        params = shaken(widened(model.init(jax.random.key(0), tokens())))
+        wanted = model.apply(params, tokens())
+        branch = trace(model.apply, params, tokens())
+        assert [norm.keep for norm in branch.norms] == [None] * 3
+        biases = {reader.kernel: reader.bias for norm in branch.norms for reader in norm.readers}
+        assert biases["attn_0/query/w"] == "attn_0/query/b"
+        assert biases["linear_2/w"] == "linear_2/b"
+        out = convert(model.apply, params, tokens(), fold=True)
+        assert {"final/scale", "final/offset", "ln1_0/scale", "ln1_0/offset", "ln2_0/scale"} == set(out.report.folded)
+        for fn, new in ((model.apply, pn.fold_affine(params, branch)), (out.fn, out.params)):
+            assert jnp.all(new["final"]["scale"] == 1)
+            assert worst(wanted, fn(new, tokens())) < 1e-10
 
 
 class Block(eqx.Module):
@@ -80,8 +102,6 @@ def test_equinox_gpt(check):
 
 def test_a_whole_equinox_module_as_parameters(check):
     """Functions and numbers among the leaves are part of the program."""
-    from prenorm_jax.tracing import convert
-
     model = GPT(jax.random.key(0))
     out = convert(lambda m, t: jax.vmap(m)(t), model, tokens())
     assert out.report.converted == 3

@@ -183,6 +183,20 @@ def test_layer_scale_moves_into_its_writers(check):
     assert out.report.reductions_after == 3
 
 
+def test_group_norm_of_one_group_behind_a_gpt(check):
+    """It takes its statistics from a copy in another shape, and must not hold up the LayerNorms of its stream."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            x = nn.Embed(V, D)(tokens)
+            x = x + nn.Dense(D)(nn.gelu(nn.Dense(2 * D)(nn.LayerNorm()(x))))
+            return nn.Dense(V)(nn.GroupNorm(num_groups=1, reduction_axes=(-1,))(x))
+
+    model = Model()
+    check(model.apply, build(model, tokens()), tokens(), sites=2, others=[(tokens(3, 5),)], grads=True, halves=True)
+
+
 def test_post_ln_is_kept(check):
     class PostLN(nn.Module):
         @nn.compact

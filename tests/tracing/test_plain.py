@@ -59,10 +59,28 @@ def einsum_moment_norm(x, p):
     return (x - m) * jax.lax.rsqrt(v + 1e-5) * p["scale"][None, None] + p["bias"][None, None]
 
 
+def ones_norm(x, p):
+    c = x - x @ (jnp.ones((D, 1), jnp.float32).astype(x.dtype) / D)
+    v = (c * c) @ (jnp.ones((1, D)).T * (1 / D))
+    return c * jax.lax.rsqrt(v + 1e-5) * p["scale"][None, None] + p["bias"][None, None]
+
+
 def wide_norm(x, p):
     y = x.astype(jnp.float32)
     m, v = y.mean(-1, keepdims=True), y.var(-1, keepdims=True)
     return ((y - m) * jax.lax.rsqrt(v + 1e-5)).astype(x.dtype) * p["scale"][None, None] + p["bias"][None, None]
+
+
+def copied_norm(x, p):
+    """Statistics of a copy in another shape."""
+    y = x.reshape(*x.shape[:-1], 1, D)
+    return (x - y.mean(-1)) / jnp.sqrt(y.var(-1) + 1e-5) * p["scale"][None, None] + p["bias"][None, None]
+
+
+def copied_moment_norm(x, p):
+    y = x[:, :, None]
+    m = y.mean(-1)
+    return (x - m) / jnp.sqrt((y * y).mean(-1) - m * m + 1e-5) * p["scale"][None, None] + p["bias"][None, None]
 
 
 def gamma_minus_one_norm(x, p):
@@ -77,7 +95,10 @@ NORMS = [
     folded_norm,
     einsum_norm,
     einsum_moment_norm,
+    ones_norm,
     wide_norm,
+    copied_norm,
+    copied_moment_norm,
     gamma_minus_one_norm,
 ]
 
@@ -291,6 +312,30 @@ def test_fold_leaves_ones_and_zeros_that_are_not_looked_at(check):
     assert jnp.array_equal(out.fn(other, tokens()), out.fn(out.params, tokens()))
 
 
+@pytest.mark.parametrize(
+    ("shape", "written", "takes"),
+    [
+        ((3,), lambda b, y: jax.lax.broadcast_in_dim(b, y.shape, (2,)), True),
+        ((1, 3), lambda b, y: jax.lax.broadcast_in_dim(b, y.shape, (1, 2)), True),
+        ((3, 1), lambda b, y: jnp.broadcast_to(b.T, y.shape), True),
+        ((), lambda b, y: jnp.broadcast_to(b, y.shape), False),
+        ((1,), lambda b, y: jnp.broadcast_to(b, y.shape), False),
+        ((L, 3), lambda b, y: jnp.broadcast_to(b, y.shape), False),
+        ((L, 1), lambda b, y: jnp.broadcast_to(b, y.shape), False),
+    ],
+)
+def test_which_readers_biases_take_more(shape, written, takes):
+    """A bias may be written as wide as what it is added to, but it has to be one number for each of its features."""
+
+    def fn(p, x):
+        y = rsqrt_norm(x @ p["w"], p["ln"]) @ p["head"]
+        return y + written(p["b"], y)
+
+    params = {**{k: SMALL[k] for k in ("w", "ln", "head")}, "b": normal(*shape)}
+    out = convert(fn, params, normal(B, L, 5), fold=True)
+    assert set(out.report.folded) == ({"ln/scale", "ln/bias"} if takes else set())
+
+
 def test_a_zero_scale_folds(check):
     params = gpt_params(1)
     params["blocks"][0]["ln2"]["scale"] = jnp.zeros(D)
@@ -309,7 +354,29 @@ def kept(fn, params, *inputs, **kw):
     return out.report.sites[0].reason if out.report.sites else ""
 
 
+@pytest.mark.parametrize(
+    ("weights", "is_mean"),
+    [
+        (lambda: jnp.ones((D, 1)) / D, True),
+        (lambda: -(jnp.zeros((D, 1)) - 1.0) / jnp.full((D, 1), 1.0 * D), True),
+        (lambda: jnp.ones((D, 1)) / (D + 1), False),
+        (lambda: jnp.ones((D, 1)) / jnp.arange(1, D + 1)[:, None], False),
+        (lambda: jnp.ones((D, 1)) * (1 / D) * (1 + 1e-6), False),
+        (lambda: (jnp.ones((D, 1)) + 1e-6).astype(jnp.bfloat16).astype(jnp.float64) / D, True),  # it is 1
+    ],
+)
+def test_which_products_are_means(weights, is_mean):
+    def fn(p, x):
+        y = x @ p["w"]
+        c = y - y @ weights()
+        return c * jax.lax.rsqrt((c * c).mean(-1, keepdims=True) + 1e-5) @ p["head"]
+
+    out = convert(fn, SMALL, normal(B, L, 5), partial=True)
+    assert (out.report.converted, len(out.report.sites)) == (is_mean, is_mean)
+
+
 SMALL = {"w": normal(5, D), "ln": affine(), "head": normal(D, 3), "raw": normal(D, 3), "gate": normal(D)}
+SMALL |= {"one": normal(), "each": normal(1, L, 1)}
 
 
 @pytest.mark.parametrize(
@@ -332,6 +399,8 @@ SMALL = {"w": normal(5, D), "ln": affine(), "head": normal(D, 3), "raw": normal(
         (lambda p, x: rsqrt_norm(x @ p["w"], p["ln"]) @ p["head"] + jnp.sum(p["w"] ** 2), "a mean of it is used in"),
         (lambda p, x: (x @ p["w"]) - jax.lax.stop_gradient((x @ p["w"]).mean(-1, keepdims=True)), ""),
         (lambda p, x: rsqrt_norm(x @ p["w"], p["ln"]) * jnp.exp(x @ p["w"]), "exp reads its mean"),
+        (lambda p, x: rsqrt_norm(x @ p["w"] + p["one"], p["ln"]) @ p["head"], "a leaf that is one number for all"),
+        (lambda p, x: rsqrt_norm(x @ p["w"] + p["each"], p["ln"]) @ p["head"], "a leaf that is one number for all"),
         (lambda p, x: rsqrt_norm(jnp.fft.fft(x @ p["w"]).real, p["ln"]) @ p["head"], "does not pay"),
     ],
     ids=[
@@ -343,6 +412,8 @@ SMALL = {"w": normal(5, D), "ln": affine(), "head": normal(D, 3), "raw": normal(
         "weight decay",
         "stopped mean",
         "exp",
+        "one number",
+        "one number for each token",
         "no rule",
     ],
 )

@@ -1,5 +1,7 @@
 """Corners where a plausible rule would be wrong: each was a wrong function, a wrong derivative, another dtype or a bare traceback once."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax.experimental import checkify
 from test_plain import SMALL, B, D, L, kept, normal, rsqrt_norm
 
+from prenorm_jax.paths import TreeError
 from prenorm_jax.tracing import ConversionError, convert
 from prenorm_jax.tracing.jaxprs import Program
 from prenorm_jax.tracing.signature import Arguments, trace_program
@@ -361,3 +364,26 @@ def test_complex_results_are_compared_as_numbers(check):
         lie.setattr("prenorm_jax.tracing.shift.Shifts.may_shift", lambda self, var, axes: True)
         with pytest.raises(ConversionError, match="verification failed"):
             convert(lambda p, x: jnp.fft.fft(head(p, x @ p["w"]) + (x @ p["w"])[..., :3]), small(), normal(B, L, 5))
+
+
+# --- arguments that are no arrays, and paths that are not one's own ---
+
+
+@pytest.mark.parametrize(
+    "used", [lambda y, n: [y for _ in range(n)][-1], lambda y, n: y if n > 2 else -y, lambda y, n: y * float(n)]
+)
+def test_a_python_number_that_is_needed_in_python(used):
+    fn = lambda p, x, n: head(p, used(x @ p["w"], n))  # noqa: E731
+    x = normal(B, L, 5)
+    with pytest.raises(ConversionError, match=r"close over them.*functools\.partial") as raised:
+        convert(fn, small(), x, 3)
+    assert isinstance(raised.value.__cause__, jax.errors.JAXTypeError)
+    assert convert(functools.partial(fn, n=3), small(), x).report.converted == 1
+    with pytest.raises(jax.errors.JAXTypeError):  # an array is not meant
+        convert(fn, small(), x, jnp.asarray(3))
+
+
+def test_two_leaves_of_one_path():
+    fn = lambda p, x: head(p, x @ p["w"] + p["a"]["b"] + p["a/b"])  # noqa: E731
+    with pytest.raises(TreeError, match="a/b: two leaves have this path"):
+        convert(fn, small(**{"a": {"b": normal(1, 1, D)}, "a/b": normal(1, 1, D)}), normal(B, L, 5))

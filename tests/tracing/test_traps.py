@@ -3,12 +3,17 @@
 A few of them at each run; `tests/tracing/trap_search.py` looks at thousands.
 """
 
+import functools
+
+import jax
 import pytest
 import trap_search
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from trap_programs import TRAPS, build, folds, inputs, parameters, parts, policies, programs, traps
 
-from prenorm_jax.tracing import ConversionError, convert
+import prenorm_jax as pn
+from conftest import worst
+from prenorm_jax.tracing import ConversionError, convert, trace
 
 PLAIN = ("residual", "two-pass", "mlp", 0)
 
@@ -19,6 +24,25 @@ PLAIN = ("residual", "two-pass", "mlp", 0)
 def test_random_programs_stay_the_same(program, activations, fold):
     found = trap_search.examine(program, activations, fold, gradients=len(program[1]) == 1)
     assert not found.differs, f"{found}\n{found.report}"
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@given(programs, policies)
+@example(("norm behind the embedding", (PLAIN,), "two-pass", "head"), "pays")
+@example(("embedding", (PLAIN,), "two-pass", "affine, scaled by row"), "pays")
+@example(("embedding", (PLAIN,), "two-pass", "bias, scaled by row"), "pays")
+@example(("embedding", (PLAIN,), "two-pass", "affine and head"), "pays")
+def test_described_programs_stay_the_same(program, activations):
+    fn, params, x = build(program), parameters(), inputs()
+    with jax.numpy_rank_promotion("allow"):
+        try:
+            branches = trace(fn, params, *x, activations=activations, width="each")
+        except ConversionError:
+            return
+        branches = [b for b in branches if b.writers or any(n.readers for n in b.norms)]  # not only activations
+        for transform in (pn.fold_affine, pn.recenter, pn.to_pre_rmsnorm):
+            new = functools.reduce(transform, branches, params)
+            assert worst(fn(params, *x), fn(new, *x)) < 1e-10
 
 
 def test_the_search_converts_something():

@@ -41,7 +41,7 @@ def parameters():
         "pos": (L, D),
         "head": (D, 3),
     }
-    shapes |= {"stack": (2, D, D), "stack_bias": (2, D)}
+    shapes |= {"stack": (2, D, D), "stack_bias": (2, D), "head_bias": (3,)}
     return {name: jnp.asarray(rng.standard_normal(s) + 0.3) for name, s in shapes.items()}
 
 
@@ -76,6 +76,13 @@ def norm_groups(x, axis=-1):
     return norm_two_pass(x.reshape(*x.shape[:-1], 2, -1)).reshape(x.shape)
 
 
+def norm_copied(x, axis=-1):
+    """Statistics of a copy in another shape."""
+    y = x[..., None, :]
+    m = y.mean(-1)
+    return (x - m) / jnp.sqrt((y * y).mean(-1) - m * m + 1e-3)
+
+
 def norm_rms(x, axis=-1):
     return x * jax.lax.rsqrt((x * x).mean(axis, keepdims=True) + 1e-3)
 
@@ -100,6 +107,7 @@ NORMS = {
     "half of the mean": norm_half_mean,
     "two axes": norm_two_axes,
     "groups": norm_groups,
+    "of a copy": norm_copied,
     "rms": norm_rms,
     "variance of another value": norm_mixed_variance,
     "another axis": lambda x: norm_two_pass(x, 1),
@@ -212,9 +220,21 @@ STARTS = {
     "fixed positions": lambda p, t, a: p.params["emb"][t] * 2.0 + jnp.sin(jnp.arange(L * D).reshape(1, L, D) * 1.0),
 }
 
+
+def by_row(x):
+    """One number for each row, as a gate or a mask is, that does not see the mean."""
+    return 1.0 / (1.0 + jnp.var(x, -1, keepdims=True))
+
+
 ENDS = {
     "head": lambda p, x, n: n @ p.params["head"],
     "affine and head": lambda p, x, n: (n * p.vector(0) + p.vector(1)) @ p.params["head"],
+    "affine, scaled by row": lambda p, x, n: (
+        (n * p.vector(0) * by_row(x) + p.vector(1) * by_row(x)) @ p.params["head"] + p.params["head_bias"][None, None]
+    ),
+    "bias, scaled by row": lambda p, x, n: (
+        (n + p.vector(1) * by_row(x)) @ p.params["head"] + p.params["head_bias"][None, None]
+    ),
     "tied": lambda p, x, n: n @ p.params["emb"].T,
     "stream returned": lambda p, x, n: (n @ p.params["head"], x),
     "mean returned": lambda p, x, n: (n @ p.params["head"], x.mean(-1)),
@@ -241,6 +261,7 @@ TRAPS = {
     },
     "a mean that is used elsewhere": {"mean as a feature", "mean added", "mean returned", "steered by the mean"},
     "instance and group norm": {"another axis", "groups"},
+    "something that is almost an affine": {"affine, scaled by row", "bias, scaled by row"},
     "something that is almost a norm": {"mean of some features", "half of the mean", "variance of another value"},
     "derivative rules of their own": {"false derivative rule", "stopped", "rounded, straight through", "gradient"},
     "loops and branches": {"scan", "scan that returns the stream", "loop", "one of two writers", "writer or not"},
