@@ -61,6 +61,8 @@ def test_a_mesh_that_can_not_be_is_one_line():
         ConfigError, match=r"config\.mesh: got 'fsdp x tensor = 3'; allowed: a divisor of the 8 devices"
     ):
         estimate.of(experiment(mesh=Mesh(fsdp=3)))
+    with pytest.raises(ConfigError, match=r"config\.mesh: got '1000000 devices'; allowed: 4096 at most in an estimate"):
+        estimate.of(experiment(mesh=Mesh(fsdp=10**6)))
     with pytest.raises(ConfigError, match=r"config\.mesh\.tensor: got 8; allowed: a divisor of config\.model\.heads"):
         estimate.of(experiment(mesh=Mesh(data=1, tensor=8)))
     with pytest.raises(ConfigError, match=r"config\.train\.batch_size: got .*; allowed: a multiple of mesh"):

@@ -50,6 +50,7 @@ IMPOSSIBLE = [
         "config.data.name: got 'stdlib'; allowed: digits, synthetic, image_folder, hugging_face, array_record for config.task",
     ),
     ("data.seed", -1, "config.data.seed: got -1; allowed: 0 or more"),
+    ("train.seed", 2**31, "config.train.seed: got 2147483648; allowed: less than 2**31"),
     ("train.seed", 2**32, "config.train.seed: got 4294967296; allowed: an integer below 2**32"),
     ("model.depth", 10**23, "config.model.depth: got 100000000000000000000000; allowed: an integer below 2**32"),
     ("optimizer.learning_rate", "fast", "config.optimizer.learning_rate: got 'fast'; allowed: a number"),
