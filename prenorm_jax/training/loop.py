@@ -99,12 +99,12 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
             owed = start > 0 and not restored.evaluated and settings.due(start, settings.eval_every)
             # The evaluation at that checkpoint failed, or was left.
             if owed and run.evaluated(restored.state, log, interrupts) is None:
-                raise Interrupted(start, interrupts.received or signal.SIGTERM)
+                raise Interrupted(start, interrupts.now or signal.SIGTERM)
             state = run.steps(restored.state, batches, saved, log, guard, profile, interrupts)
         if first and (unfinished or not (workdir / "summary.json").exists()):
             summary.write(workdir, experiment)
-        if interrupts.received is not None:
-            raise Interrupted(settings.steps, interrupts.received)
+        if interrupts.now is not None:
+            raise Interrupted(settings.steps, interrupts.now)
     return judged_params(state)
 
 
