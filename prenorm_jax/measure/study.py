@@ -26,6 +26,7 @@ from prenorm_jax.measure import step_time
 from prenorm_jax.measure.works import Work
 from prenorm_jax.models.config import ConfigError, require
 from prenorm_jax.training import counts
+from prenorm_jax.training.results import replace
 from prenorm_jax.training.step import compiler_options
 
 
@@ -98,9 +99,7 @@ def run(
         longest = max(longest, time.monotonic() - since)
         result["entries"].append({**entry, "seconds": time.monotonic() - since})
         out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_name(out.name + ".part")  # so that a call cut short leaves the file whole
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        part.replace(out)
+        replace(out, json.dumps(result, indent=1) + "\n")  # a call cut short leaves the file whole
         say(_line(entry))
     return [work.key for work in left]
 

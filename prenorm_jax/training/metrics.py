@@ -17,6 +17,7 @@ import rich.progress
 
 from prenorm_jax.training import boards
 from prenorm_jax.training.experiment import Experiment
+from prenorm_jax.training.results import replace
 
 Row = dict[str, Any]
 
@@ -88,10 +89,7 @@ def _append(file: int, line: str) -> None:
 
 def _keep_up_to(path: pathlib.Path, step: int) -> None:
     rows = [row for row in read(path.parent) if row["step"] <= step]
-    # Replaced as a whole: a kill right here leaves the old file or the new one.
-    rewritten = path.with_suffix(".jsonl.part")
-    rewritten.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(rewritten, path)
+    replace(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class Progress:
