@@ -18,7 +18,7 @@ from prenorm_jax.training import data
 from prenorm_jax.training.experiment import Experiment
 from prenorm_jax.training.loop import evaluate
 from prenorm_jax.training.optimizer import make_optimizer
-from prenorm_jax.training.results import replace
+from prenorm_jax.training.results import write_whole
 from prenorm_jax.training.tasks import task_of
 
 WORKS = ("training, pre_ln coordinates", "training, native", "inference")
@@ -50,8 +50,8 @@ def compare_variants(experiment: Experiment, params: Tree, workdir: pathlib.Path
     }
     text = f"{answers_table(result)}\n\n{times_table(result)}\n"
     print(text)
-    replace(workdir / "compare.json", json.dumps(result, indent=2) + "\n")
-    replace(workdir / "compare.md", text)
+    write_whole(workdir / "compare.json", json.dumps(result, indent=2) + "\n")
+    write_whole(workdir / "compare.md", text)
     pictures.step_times(result["times"], workdir / "compare.png", f"step time, {result['device']}")
     print(f"written: {workdir / 'compare.json'}, compare.md, compare.png")
     return result

@@ -18,7 +18,7 @@ from prenorm_jax.training import checkpoints, data
 from prenorm_jax.training.experiment import Experiment
 from prenorm_jax.training.initial import initial_params
 from prenorm_jax.training.loop import evaluate
-from prenorm_jax.training.results import replace
+from prenorm_jax.training.results import write_whole
 from prenorm_jax.training.tasks import task_of
 
 ORACLE_EXAMPLES, ORACLE_TOKENS = 64, 8192  # what the float64 oracle sees at most: the more, the longer it takes
@@ -84,8 +84,8 @@ def evaluate_params(
     report = _report(experiment, params)
     text = f"{comparison.answers_table(result)}\n\n{report.as_markdown()}\n"
     print(f"\n{report.as_markdown()}")
-    replace(workdir / "equivalence.json", json.dumps({**result, **report.as_json()}, indent=2) + "\n")
-    replace(workdir / "equivalence.md", text)
+    write_whole(workdir / "equivalence.json", json.dumps({**result, **report.as_json()}, indent=2) + "\n")
+    write_whole(workdir / "equivalence.md", text)
     title = (
         f"{experiment.data.name}, width {config.width}, depth {config.depth}: errors against the float64 Pre-LN oracle"
     )

@@ -26,7 +26,7 @@ from prenorm_jax.measure import step_time
 from prenorm_jax.measure.works import Work
 from prenorm_jax.models.config import ConfigError, require
 from prenorm_jax.training import counts
-from prenorm_jax.training.results import replace
+from prenorm_jax.training.results import write_whole
 from prenorm_jax.training.step import compiler_options
 
 
@@ -99,7 +99,7 @@ def run(
         longest = max(longest, time.monotonic() - since)
         result["entries"].append({**entry, "seconds": time.monotonic() - since})
         out.parent.mkdir(parents=True, exist_ok=True)
-        replace(out, json.dumps(result, indent=1) + "\n")  # a call cut short leaves the file whole
+        write_whole(out, json.dumps(result, indent=1) + "\n")  # a call cut short leaves the file whole
         say(_line(entry))
     return [work.key for work in left]
 

@@ -30,6 +30,7 @@ from prenorm_jax.measure.works import FAMILIES, Work, work
 from prenorm_jax.models import ViTConfig
 from prenorm_jax.models.config import ConfigError
 from prenorm_jax.paths import Tree
+from prenorm_jax.training.results import write_whole
 
 VARIANTS = {"pre_rmsnorm": TIMED["pre_rmsnorm"], "pre_crmsnorm": TIMED["pre_crmsnorm-reflect"]}
 BASELINE = "pre_ln, native"
@@ -231,7 +232,7 @@ def main(arguments: list[str]) -> int:
 def save(result: dict[str, Any], path: pathlib.Path) -> None:
     """Writes a result as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_whole(path, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from prenorm_jax.training.experiment import Experiment, Mesh, Train, as_tree, re
 from prenorm_jax.training.results import save_beside
 
 DEPTHS = (2, 4)
-MOST_DEVICES = 4096  # which XLA's CPU client can still stand for
+MOST_DEVICES = 4096  # more is a slip of the hand, and compiling for a million devices comes to no end
 KEPT = ("JAX_ENABLE_X64",)  # of the environment's settings of JAX, in the process that compiles
 TITLES = ("model", "data x fsdp x tensor", "batch", "state", "kept", "memory", "TFLOP", "exchanged", "whole")
 

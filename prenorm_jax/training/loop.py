@@ -87,7 +87,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, console: rich.console.C
         # Of a finished run nothing is written anew: its record is of what it was trained with, whatever it is started with now.
         unfinished = start < settings.steps
         if first and (unfinished or not (workdir / "config.json").exists()):
-            results.replace(workdir / "config.json", json.dumps(as_tree(experiment), indent=2) + "\n")
+            results.write_whole(workdir / "config.json", json.dumps(as_tree(experiment), indent=2) + "\n")
         rows = metrics.Metrics(workdir, start, experiment) if first else metrics.Nowhere()
         written = stack.enter_context(rows)
         progress = stack.enter_context(metrics.Progress(console, start, settings.steps))

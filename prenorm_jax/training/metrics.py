@@ -17,7 +17,7 @@ import rich.progress
 
 from prenorm_jax.training import boards
 from prenorm_jax.training.experiment import Experiment
-from prenorm_jax.training.results import replace
+from prenorm_jax.training.results import write_whole
 
 Row = dict[str, Any]
 
@@ -89,7 +89,7 @@ def _append(file: int, line: str) -> None:
 
 def _keep_up_to(path: pathlib.Path, step: int) -> None:
     rows = [row for row in read(path.parent) if row["step"] <= step]
-    replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class Progress:

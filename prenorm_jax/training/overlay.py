@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from prenorm_jax.models.config import NORMS, ConfigError
 from prenorm_jax.training import charts, metrics
 from prenorm_jax.training.experiment import COORDINATES, Experiment, as_tree, differences, read_experiment
+from prenorm_jax.training.results import write_whole
 
 # Fields in which runs that are compared may differ.
 BESIDE: dict[str, tuple[str, ...]] = {
@@ -282,8 +283,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.with_name(f"{given.out.name}.json").write_text(json.dumps(result) + "\n")
-        given.out.with_name(f"{given.out.name}.md").write_text(table(result))
+        write_whole(given.out.with_name(f"{given.out.name}.json"), json.dumps(result) + "\n")
+        write_whole(given.out.with_name(f"{given.out.name}.md"), table(result))
         draw(result, given.out.with_name(f"{given.out.name}.png"))
     except OSError as error:
         print(f"prenorm_jax.training.overlay: cannot write {given.out}: {error.strerror}", file=sys.stderr)

@@ -23,15 +23,15 @@ def save_beside(path: pathlib.Path, name: str, new: Sequence[Row], key: Callable
     held = json.loads(path.read_text())[name] if path.exists() else []
     kept = [row for row in held if key(row) not in keys]
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, json.dumps({name: [*kept, *new]}, indent=1) + "\n")
+    write_whole(path, json.dumps({name: [*kept, *new]}, indent=1) + "\n")
 
 
-def replace(path: pathlib.Path, content: str | bytes) -> None:
+def write_whole(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a file whole, in place of what is there: a full disk or a kill leaves the old one.
 
     >>> import tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp(), "a.txt")
-    >>> replace(path, "whole")
+    >>> write_whole(path, "whole")
     >>> path.read_text()
     'whole'
     """

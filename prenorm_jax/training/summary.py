@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from prenorm_jax.training import keeping, metrics
 from prenorm_jax.training.experiment import Experiment
-from prenorm_jax.training.results import replace
+from prenorm_jax.training.results import write_whole
 
 PACES = ("step_seconds", "tokens_per_second", "images_per_second", "mfu")
 
@@ -20,9 +20,9 @@ def write(workdir: pathlib.Path, experiment: Experiment) -> dict[str, Any]:
     rows = metrics.read(workdir)
     found = of(rows, experiment)
     coordinates = f"{experiment.train.coordinates} coordinates"
-    replace(workdir / "curves.png", draw(rows, f"{experiment.data.name}, {experiment.model.norm}, {coordinates}"))
-    replace(workdir / "summary.md", table(found))
-    replace(workdir / "summary.json", json.dumps(found, indent=2) + "\n")
+    write_whole(workdir / "curves.png", draw(rows, f"{experiment.data.name}, {experiment.model.norm}, {coordinates}"))
+    write_whole(workdir / "summary.md", table(found))
+    write_whole(workdir / "summary.json", json.dumps(found, indent=2) + "\n")
     return found
 
 

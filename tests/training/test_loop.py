@@ -206,17 +206,17 @@ def test_a_signal_behind_the_last_evaluation_stops_what_would_follow_the_run(run
 
 def test_a_summary_that_could_not_be_written_is_written_by_the_next_start(run, tmp_path, monkeypatch):
     experiment, workdir, *_ = run
-    replace = loop.summary.replace
+    write_whole = loop.summary.write_whole
 
     def full(path, content):
         if path.name == "summary.md":
             raise OSError(errno.ENOSPC, "No space left on device")
-        replace(path, content)
+        write_whole(path, content)
 
-    monkeypatch.setattr(loop.summary, "replace", full)
+    monkeypatch.setattr(loop.summary, "write_whole", full)
     with pytest.raises(DiskFull, match="no space left"):
         train(experiment, tmp_path)
-    monkeypatch.setattr(loop.summary, "replace", replace)
+    monkeypatch.setattr(loop.summary, "write_whole", write_whole)
     assert "holds a finished run" in train(experiment, tmp_path)[1]
     for name in ("summary.json", "summary.md", "curves.png"):
         assert (tmp_path / name).stat().st_size > 0
